@@ -1,0 +1,145 @@
+"""Methods by name: a record beside the code, found by listing files, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+Kind = Literal["layer", "model", "explainer", "accelerator", "controller", "objective", "study"]
+FOLDERS: dict[str, str] = {
+    "layer": "layers",
+    "model": "models",
+    "explainer": "explainers",
+    "accelerator": "accelerators",
+    "controller": "controllers",
+    "objective": "objectives",
+    "study": "studies",
+}
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a method supports; the conformance checks that run follow from it.
+
+    Layers: ``input`` is how ``forward`` is called: ``"tokens"`` (b, n, c), ``"grid"`` (b, n, c) with a required
+    ``grid=(H, W)``, or ``"image"`` (b, c, H, W). ``multiple`` is what H and W must be divisible by.
+    ``xfail`` maps a check's name to the reason why it cannot hold for this method.
+    """
+
+    input: Literal["tokens", "grid", "image"] = "tokens"
+    cross: bool = False
+    causal: bool = False
+    mask: bool = False
+    cache: bool = False
+    grouped: bool = False
+    equivariant: bool = False
+    rows: bool = True
+    multiple: int = 1
+    random: bool = False
+    swap: bool = True
+    xfail: MappingProxyType[str, str] | dict[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One runnable method: its registry name, what it is, the paper it comes from and a small example."""
+
+    name: str
+    kind: Kind
+    paper: str
+    target: Callable[..., Any]
+    tags: Tags
+    example: dict[str, Any] = field(hash=False)
+    naive: Callable[..., Any] | None = None
+
+    def create(self, **arguments: Any) -> Any:
+        return self.target(**arguments)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    kind: Kind,
+    paper: str | None = None,
+    tags: Tags | None = None,
+    example: dict[str, Any] | None = None,
+    naive: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated class or function under ``name``.
+
+    Args:
+        name: registry name; the file's stem with hyphens, or that name and a suffix (``nat``, ``nat-tiny``).
+        kind: one of ``FOLDERS``.
+        paper: slug in the catalogue; default ``name``.
+        tags: what it supports.
+        example: keyword arguments of a small working instance.
+        naive: a slow, obvious reference ``naive(instance, *inputs)`` that returns what the instance returns.
+    """
+
+    def register(target: Callable[..., Any]) -> Callable[..., Any]:
+        known = _METHODS.get(name)
+        if known is not None and known.target.__module__ != target.__module__:
+            raise ValueError(f"name={name!r} is registered twice: {known.target.__module__} and {target.__module__}")
+        _METHODS[name] = Method(name, kind, paper or name, target, tags or Tags(), example or {}, naive)
+        return target
+
+    return register
+
+
+@cache
+def modules() -> dict[str, tuple[str, Kind]]:
+    """Every file that holds a paper's code: slug -> (module, kind); reads file names, imports nothing."""
+    found: dict[str, tuple[str, Kind]] = {}
+    for kind, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.stem.startswith("_"):
+                continue
+            dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found.setdefault(path.stem.replace("_", "-"), (f"regard.{dotted}", kind))  # type: ignore[arg-type]
+    return found
+
+
+def _module_of(name: str) -> str | None:
+    files = modules()
+    parts = name.split("-")
+    for end in range(len(parts), 0, -1):
+        stem = "-".join(parts[:end])
+        if stem in files:
+            return files[stem][0]
+    return None
+
+
+def get(name: str) -> Method:
+    """The method called ``name``; underscores count as hyphens. Raises ValueError with the nearest names."""
+    wanted = name.replace("_", "-")
+    if wanted not in _METHODS:
+        module = _module_of(wanted)
+        if module is not None:
+            importlib.import_module(module)
+    if wanted not in _METHODS:
+        known = sorted({*modules(), *_METHODS})
+        near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.4)
+        raise ValueError(f"name={name!r} is not a method; nearest: {', '.join(near) or ', '.join(known)}")
+    return _METHODS[wanted]
+
+
+def methods(kind: Kind | None = None) -> list[Method]:
+    """Every method, optionally of one kind, by name; imports the files that hold them."""
+    for module, _ in modules().values():
+        importlib.import_module(module)
+    return [m for _, m in sorted(_METHODS.items()) if kind is None or m.kind == kind]
+
+
+def create(name: str, **arguments: Any) -> Any:
+    """Build the layer, model, explainer, ... called ``name``."""
+    return get(name).create(**arguments)

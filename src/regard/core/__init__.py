@@ -1,0 +1,1 @@
+"""The site and everything done to it: find, read, edit, replace."""

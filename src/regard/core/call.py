@@ -1,0 +1,293 @@
+"""One execution of one attention site, and what can be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core.step import Step
+from regard.core.tokens import Rows, Tokens, pick
+from regard.ops import attend as ops
+
+LIMIT_BYTES = 1 << 30
+
+
+class OpaqueSite(ValueError):
+    """What was recorded at the site does not recompute its output, so no weights are given."""
+
+
+class WeightsTooLarge(ValueError):
+    """The matrix asked for is above the size limit."""
+
+
+class Call:
+    """q, k, v and what surrounds them in one call of a site; every other quantity is recomputed when it is asked for.
+
+    Attributes:
+        q: (b, h, l, d) queries, after position rotation, as they meet the keys.
+        k, v: (b, g, s, d) and (b, g, s, e), as stored: one per key head.
+        out: (b, h, l, e) per head, before the output projection.
+        mask: boolean (True = may look) or added to the scores, broadcastable to (b, h, l, s).
+        bias: added to the scores besides ``mask``.
+        causal: query i looks at keys up to i, both counted from the front (torch's ``is_causal``).
+        scale: factor on q k^T. ``softcap``: scores become ``cap * tanh(scores / cap)`` before mask and bias.
+        final_weights: the weights after an edit of scores or weights, in place of the softmax.
+        host_scores: the scores as a hand-written host computed them, in place of q k^T.
+        stages: (scores, normalize) of a layer of this library, when they are its own.
+        dropout: probability with which the host dropped weights in this call; ``weights`` are those before it.
+        step: where in the host's loop this call stands.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        host_scores: Tensor | None = None,
+        stages: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor | None], Tensor]] | None = None,
+    ) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.mask, self.bias, self.causal = mask, bias, causal
+        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.softcap, self.dropout = softcap, dropout
+        self.host_scores, self.stages = host_scores, stages
+        self.out: Tensor = q
+        self.mixed: Tensor | None = None
+        self.final_weights: Tensor | None = None
+        self.product = 0
+        self.site = ""
+        self.step = Step()
+        self.tokens_q: Tokens | None = None
+        self.tokens_k: Tokens | None = None
+        self.q_start = 0
+        self.versions: tuple[int, ...] = ()
+        self.out_grad: Tensor | None = None
+        self._verified = False
+
+    # -- what the host did ------------------------------------------------------------------------------------------
+
+    def allowed(self, index: Tensor | None = None) -> Tensor | None:
+        """Boolean mask (b|1, h|1, rows, s) of query rows ``index``, or None when everything is allowed."""
+        l, s = self.q.shape[2], self.k.shape[2]
+        causal = None
+        if self.causal:
+            causal = torch.ones(l, s, dtype=torch.bool, device=self.q.device).tril()
+            causal = causal if index is None else causal[index]
+        mask = self.mask if self.mask is not None and self.mask.dtype == torch.bool else None
+        return ops.merge_masks(causal, None if mask is None else _rows(mask, index))
+
+    def added(self, index: Tensor | None = None) -> Tensor | None:
+        """What is added to the scores of query rows ``index``."""
+        parts = [m for m in (self.mask, self.bias) if m is not None and m.dtype != torch.bool]
+        total = None
+        for part in parts:
+            part = _rows(part, index)
+            total = part if total is None else total + part
+        return total
+
+    def raw_scores(self, index: Tensor | None = None) -> Tensor:
+        """Scores (b, h, rows, s) with scale, soft-cap and bias, without the boolean mask."""
+        if self.host_scores is not None:
+            scores = self.host_scores if index is None else self.host_scores[..., index, :]
+            return _exact(scores)
+        q = _exact(self.q if index is None else self.q[:, :, index])
+        k = _exact(self.k)
+        if self.stages is not None:
+            scores = self.stages[0](q, k)
+        else:
+            scores = ops.scores(q, k, scale=self.scale)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        added = self.added(index)
+        return scores if added is None else scores + added.to(scores.dtype)
+
+    def normalize(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.softmax(scores, mask) if self.stages is None else self.stages[1](scores, mask)
+
+    # -- what is asked of it ----------------------------------------------------------------------------------------
+
+    def rows(self, rows: Rows | None) -> Tensor | None:
+        """Query positions as an index; names are looked up in the site's tokens."""
+        if rows is None:
+            return None
+        if isinstance(rows, str):
+            if self.tokens_q is None:
+                raise ValueError(
+                    f"rows={rows!r}: the tokens of {self.site or 'this site'} have no names; "
+                    "describe them with regard.tokens(model, q='cls + image[14,14]')"
+                )
+            return self.tokens_q.index(rows, self.q.device)
+        return pick(torch.arange(self.q.shape[2], device=self.q.device), rows)
+
+    def scores(self, *, rows: Rows | None = None, heads: Any = None) -> Tensor:
+        """Scores (b, h, l, s) as they enter the softmax; a forbidden pair is -inf."""
+        index = self.rows(rows)
+        self._check_size(index, heads)
+        self.verify()
+        scores = _heads(self.raw_scores(index), heads)
+        allowed = self.allowed(index)
+        return scores if allowed is None else scores.masked_fill(~_heads(allowed, heads), float("-inf"))
+
+    def weights(self, *, rows: Rows | None = None, heads: Any = None) -> Tensor:
+        """Weights (b, h, l, s) per query head, after normalisation, before dropout; float32 or better.
+
+        Args:
+            rows: only these queries: numbers, a slice, or names such as ``"cls"``.
+            heads: only these heads.
+
+        Raises:
+            OpaqueSite: the recomputed output differs from what the site returned.
+            WeightsTooLarge: more than ``LIMIT_BYTES`` would be needed.
+        """
+        index = self.rows(rows)
+        self._check_size(index, heads)
+        self.verify()
+        return self._weights(index, heads)
+
+    def _weights(self, index: Tensor | None, heads: Any = None) -> Tensor:
+        if self.final_weights is not None:
+            chosen = self.final_weights if index is None else self.final_weights[:, :, index]
+            return _heads(_exact(chosen), heads)
+        scores = self.raw_scores(index)
+        allowed = self.allowed(index)
+        if heads is not None and self.stages is None:
+            scores, allowed = _heads(scores, heads), None if allowed is None else _heads(allowed, heads)
+            return self.normalize(scores, allowed)
+        return _heads(self.normalize(scores, allowed), heads)
+
+    def weights_grad(self, *, rows: Rows | None = None, heads: Any = None) -> Tensor:
+        r"""Gradient of the loss with respect to the weights, :math:`\partial L/\partial A = \partial L/\partial O \; V^\top`.
+
+        Needs a capture with ``grad=True`` and a backward pass through the host. Raises ValueError otherwise.
+        """
+        if self.out_grad is None:
+            raise ValueError(
+                f"{self.site or 'this call'} has no gradient: capture with grad=True and call backward() on a loss that "
+                "depends on the model's output"
+            )
+        index = self.rows(rows)
+        self._check_size(index, heads)
+        self.verify()
+        grad = _exact(self.out_grad if index is None else self.out_grad[:, :, index])
+        b, h, l, e = grad.shape
+        g = self.v.shape[1]
+        values = _exact(self.v).transpose(-1, -2)
+        return _heads((grad.reshape(b, g, (h // g) * l, e) @ values).view(b, h, l, -1), heads)
+
+    def received(self) -> Tensor:
+        """(b, h, s): how much weight each key receives from all queries together."""
+        return self._summed(lambda weights, _: weights.sum(-2), total=True)
+
+    def mass(self, roles: Tensor) -> Tensor:
+        """(b, h, l, r): how much weight each query gives to each role; ``roles`` (s, r) says which key is in which role."""
+        if roles.shape[0] != self.k.shape[2]:
+            raise ValueError(f"roles must have {self.k.shape[2]} rows, one a key; got {tuple(roles.shape)}")
+        roles = roles.to(_exact(self.q).dtype)
+        return self._summed(lambda weights, _: weights @ roles, total=False)
+
+    def role_mass(self) -> dict[str, Tensor]:
+        """(b, h, l) for every role of the site's key tokens."""
+        if self.tokens_k is None:
+            raise ValueError(f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)")
+        size = self.k.shape[2]
+        columns = torch.zeros(size, len(self.tokens_k.segments), device=self.q.device)
+        for i, segment in enumerate(self.tokens_k.segments):
+            columns[self.tokens_k.span(segment.role), i] = 1
+        mass = self.mass(columns)
+        return {segment.role: mass[..., i] for i, segment in enumerate(self.tokens_k.segments)}
+
+    def map(self, role: str = "image", *, rows: Rows | None = None, heads: Any = None) -> Tensor:
+        """Weights on the grid of key role ``role``: (b, h, rows, H, W)."""
+        if self.tokens_k is None:
+            raise ValueError(f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)")
+        weights = self.weights(rows=rows, heads=heads)
+        return weights[..., self.tokens_k.span(role)].unflatten(-1, self.tokens_k.grid(role))
+
+    def _summed(self, reduce: Callable[[Tensor, Tensor], Tensor], *, total: bool) -> Tensor:
+        """``reduce`` of the weights over chunks of query rows: the whole matrix never exists."""
+        self.verify()
+        l, s = self.q.shape[2], self.k.shape[2]
+        # One chunk stays below 1/64 of the matrix (and one row at least).
+        chunk = max(1, min(l // 64, (1 << 22) // max(1, self.q.shape[0] * self.q.shape[1] * s)) or 1)
+        parts = [
+            reduce(self._weights(index), index) for index in torch.arange(l, device=self.q.device).split(chunk)
+        ]
+        return torch.stack(parts).sum(0) if total else torch.cat(parts, -2)
+
+    # -- verified or refused ----------------------------------------------------------------------------------------
+
+    def error(self, rows: int = 8) -> float:
+        """Largest difference between recomputed and recorded output over a few query rows, relative to its size."""
+        if self.mixed is None:
+            return 0.0
+        l = self.q.shape[2]
+        index = torch.linspace(0, l - 1, min(rows, l), device=self.q.device).round().long().unique()
+        with torch.no_grad():
+            mixed = _exact(self.mixed[:, :, index])
+            again = ops.mix(self._weights(index), _exact(self.v))
+            if mixed.numel() == 0:
+                return 0.0
+            return float((again - mixed).abs().max() / mixed.abs().max().clamp_min(1e-12))
+
+    def verify(self) -> None:
+        """Raise OpaqueSite unless the weights recompute the site's own output."""
+        if self._verified:
+            return
+        if self.versions and self.versions != tuple(t._version for t in (self.q, self.k, self.v)):
+            raise OpaqueSite(
+                f"{self.site}: q, k or v were overwritten in place after the call (a static cache, for example), so the "
+                "weights cannot be recomputed; read them before the next call of the model"
+            )
+        if self.dropout == 0.0:
+            error, bound = self.error(), tolerance(self.q.dtype)
+            if not error <= bound:
+                raise OpaqueSite(
+                    f"{self.site or 'this site'} is opaque: weights times values differ from what it returned by {error:.1e} "
+                    f"(allowed {bound:.0e}); its attention is not softmax(scores) v"
+                )
+        self._verified = True
+
+    def _check_size(self, index: Tensor | None, heads: Any) -> None:
+        b, h, l, s = *self.q.shape[:3], self.k.shape[2]
+        rows = l if index is None else len(index)
+        count = h if heads is None else len(pick(torch.arange(h), heads))
+        size = b * count * rows * s * max(4, self.q.element_size())
+        if size > LIMIT_BYTES:
+            raise WeightsTooLarge(
+                f"the weights of {self.site or 'this site'} would take {size / 2**20:,.0f} MiB "
+                f"({b} x {count} heads x {rows} queries x {s} keys; limit {LIMIT_BYTES / 2**20:,.0f} MiB): "
+                "ask for fewer with rows= or heads=, or for mass(roles) or received(), which never hold the matrix"
+            )
+
+    def __repr__(self) -> str:
+        b, h, l, d = self.q.shape
+        return f"Call({self.site!r}, b={b}, h={h}, g={self.k.shape[1]}, l={l}, s={self.k.shape[2]}, d={d}, step={self.step.index})"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference that rounding alone can explain."""
+    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 5e-2)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., index, :]
+
+
+def _heads(x: Tensor, heads: Any) -> Tensor:
+    if heads is None or x.ndim < 3 or x.shape[-3] == 1:
+        return x
+    return x[..., pick(torch.arange(x.shape[-3], device=x.device), heads), :, :]

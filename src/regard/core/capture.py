@@ -1,0 +1,135 @@
+"""Reading: what ran at the watched sites, from a forward that stays fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.core.call import Call
+from regard.core.known import Known, Seam, knowledge, matches
+from regard.core.tap import Tap, in_backward
+from regard.core.watch import Watch
+
+
+class Capture(Watch):
+    """Calls of the watched sites: ``cap["blocks.7.attn"]`` is the call of a site that ran once, ``cap.calls(name)`` all of them.
+
+    ``cap["blocks.*"]`` is a list of the last call of each matching site.
+    """
+
+    def __init__(self, model: nn.Module, where: str | Sequence[str] = "*", *, grad: bool = False) -> None:
+        self.grad = grad
+        self.raw: dict[str, Any] = {}
+        self._calls: dict[str, list[Call]] = {}
+        super().__init__(model, where)
+
+    def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._saw_compiled(tap.name, call, out)
+        super().saw(tap, call, out, seam)
+        if in_backward():
+            self._recomputed(tap.name, out)
+            return out
+        self._learn(tap, call, seam)
+        call.versions = tuple(t._version for t in (call.q, call.k, call.v))
+        self._calls.setdefault(tap.name, []).append(call)
+        if self.grad and out.requires_grad:
+            out = out.view_as(out)
+            out.register_hook(_keep_gradient(call))
+            call.out = out
+        return out
+
+    def _saw_compiled(self, name: str, call: Call, out: Tensor) -> Tensor:
+        probe = None
+        if self.grad and out.requires_grad:
+            probe = torch.zeros_like(out, requires_grad=True)
+            out = out + probe
+        self.raw[name] = (call, call.mixed, out, probe)
+        return out
+
+    def _recomputed(self, name: str, out: Tensor) -> None:
+        """The forward ran without a graph and runs again in the backward pass: only this run gets the gradient."""
+        if not (self.grad and out.requires_grad):
+            return
+        waiting = [c for c in self._calls.get(name, []) if c.out_grad is None and not c.out.requires_grad]
+        if waiting:
+            out.register_hook(_keep_gradient(waiting[-1]))
+
+    def _learn(self, tap: Tap, call: Call, seam: str) -> None:
+        sites = knowledge(self.model).sites
+        if self.exact and tap.name not in sites:
+            sites[tap.name] = Known(_seam(seam), qk=call.product)
+
+    def _settle(self) -> None:
+        """Calls recorded inside compiled code become ordinary ones."""
+        for name, (call, mixed, out, probe) in self.raw.items():
+            call.mixed, call.out, call.site = mixed, out, name
+            if probe is not None:
+                call.out_grad = probe.grad
+            self._calls[name] = [call]
+
+    def calls(self, name: str) -> list[Call]:
+        """Every call of one site, in the order in which they ran."""
+        self._settle()
+        if name not in self._calls:
+            raise KeyError(
+                f"{name!r} was not called while it was watched; called: {', '.join(self._calls) or 'nothing'}"
+            )
+        return self._calls[name]
+
+    def __getitem__(self, name: str) -> Any:
+        self._settle()
+        if name in self._calls:
+            calls = self._calls[name]
+            if len(calls) > 1:
+                raise KeyError(f"{name!r} ran {len(calls)} times; take one of cap.calls({name!r})")
+            return calls[0]
+        known = knowledge(self.model).sites
+        found = [
+            calls[-1]
+            for site, calls in self._calls.items()
+            if matches(site, known[site].kind if site in known else "", name)
+        ]
+        if not found:
+            raise KeyError(f"{name!r} names no site that was called; called: {', '.join(self._calls) or 'nothing'}")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        self._settle()
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        self._settle()
+        return len(self._calls)
+
+    def items(self) -> Iterator[tuple[str, Call]]:
+        """(site, its last call) in the order in which the sites first ran."""
+        self._settle()
+        return ((name, calls[-1]) for name, calls in self._calls.items())
+
+
+def _seam(seam: str) -> Seam:
+    return "interface" if seam == "interface" else "own" if seam == "own" else "function"
+
+
+def _keep_gradient(call: Call) -> Any:
+    def keep(grad: Tensor) -> None:
+        call.out_grad = grad.detach() if call.out_grad is None else call.out_grad + grad.detach()
+
+    return keep
+
+
+def capture(model: nn.Module, where: str | Sequence[str] = "*", *, grad: bool = False) -> Capture:
+    """Record every call of the sites that ``where`` names while the ``with`` block runs.
+
+    Args:
+        where: names of sites with ``*``, or a kind: ``"self"``, ``"cross"``, ``"joint"``.
+        grad: also keep the gradient of each site's output, so that ``weights_grad`` can be asked after ``backward()``.
+
+    Raises:
+        ValueError: ``where`` names nothing; the nearest names are listed.
+    """
+    return Capture(model, where, grad=grad)

@@ -1,0 +1,243 @@
+"""The torch functions in which attention happens: the fused kernel, and the pattern product, softmax, product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.core.call import Call, _exact
+from regard.core.edit import Edit
+from regard.core.tap import SEAMS, Tap
+from regard.ops import attend as ops
+
+
+def sdpa_mask(call: Call) -> tuple[Tensor | None, bool]:
+    """``attn_mask`` and ``is_causal`` of the fused kernel for this call."""
+    if call.bias is None and call.mask is None:
+        return None, call.causal
+    if call.bias is None and not call.causal:
+        return call.mask, False
+    allowed, added = call.allowed(), call.added()
+    if added is None:
+        return allowed, False
+    added = added.to(call.q.dtype)
+    return (added if allowed is None else added.masked_fill(~allowed, float("-inf"))), False
+
+
+def _sdpa(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _sdpa_call(tap, func, args, kwargs, *args, **kwargs)
+
+
+def _sdpa_call(
+    tap: Tap,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    original: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if query.ndim != 4:
+        query4, key4, value4 = (_four(x) for x in (query, key, value))
+    else:
+        query4, key4, value4 = query, key, value
+    call = Call(query4, key4, value4, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
+    before = (call.q, call.k, call.v, call.mask, call.bias)
+
+    def native(c: Call) -> Tensor:
+        if all(a is b for a, b in zip(before, (c.q, c.k, c.v, c.mask, c.bias), strict=True)):
+            return _four(func(*args, **original))
+        mask, causal = sdpa_mask(c)
+        grouped = enable_gqa or c.q.shape[1] != c.k.shape[1]
+        return func(c.q, c.k, c.v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+    out = tap.run(call, native, "function")
+    return out if query.ndim == 4 else out.reshape(*query.shape[:-1], out.shape[-1])
+
+
+def _four(x: Tensor) -> Tensor:
+    """(b, h, n, d) of what may have no head axis, or more than one batch axis."""
+    if x.ndim == 4:
+        return x
+    return x.unsqueeze(1) if x.ndim == 3 else x.reshape(-1, *x.shape[-3:])
+
+
+def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A matrix product: q k^T of a later softmax, or the weights of an earlier one times v."""
+    operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if func is torch.baddbmm or func is Tensor.baddbmm:
+        operands = operands[1:]
+    if func is torch.einsum:
+        plan = _einsum_plan(args[0], operands)
+    else:
+        plan = "plain" if len(operands) == 2 and all(o.ndim >= 3 for o in operands) else None
+    if plan is None:
+        return func(*args, **kwargs)
+    left, right = operands
+    if tap.pending is not None and left is tap.pending[0] and plan in ("plain", "values"):
+        return _values(tap, func, args, kwargs, right)
+    number, tap.products = tap.products, tap.products + 1
+    edits = _qk_edits(tap, number)
+    if edits:
+        right_is_k = plan == "scores"
+        call = Call(left, right if right_is_k else right.transpose(-1, -2), left, scale=1.0)
+        tap.begin(call)
+        for e in edits:
+            e.before(call)
+        swap = {id(left): call.q, id(right): call.k if right_is_k else call.k.transpose(-1, -2)}
+        args = tuple(swap.get(id(a), a) for a in args)
+        kwargs = {n: swap.get(id(a), a) for n, a in kwargs.items()}
+        left, right = call.q, swap[id(right)]
+    result = func(*args, **kwargs)
+    keys = right if plan == "scores" else right.transpose(-1, -2)
+    tap.last_product = (left, keys, result, number)
+    return result
+
+
+def _qk_edits(tap: Tap, number: int) -> list[Edit]:
+    """Edits of q and k for the product ``number`` of a hand-written site; the site must have been seen before."""
+    edits = [e for e in tap.edits() if e.quantity in ("q", "k", "kv")] if tap.watches else []
+    if not edits:
+        return []
+    if any(e.quantity == "kv" for e in edits):
+        raise ValueError(f"{tap.name} computes its attention by hand: edit k and v separately there, not together")
+    known = tap.watches[0].known(tap.name)
+    if known is None or known.qk is None:
+        raise ValueError(
+            f"{tap.name} computes its attention by hand: run regard.sites(model, ...) once before editing q or k there"
+        )
+    return edits if known.qk == number else []
+
+
+def _einsum_plan(equation: Any, operands: list[Tensor]) -> str | None:
+    """``scores`` for b..id,b..jd->b..ij and ``values`` for b..ij,b..jd->b..id, whatever the letters."""
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    inputs, out = equation.replace(" ", "").split("->")
+    left, _, right = inputs.partition(",")
+    if min(len(left), len(right), len(out)) < 3 or left[:-2] != right[:-2] or left[:-2] != out[:-2]:
+        return None
+    if left[-1] == right[-1] and out[-2:] == left[-2] + right[-2]:
+        return "scores"
+    if left[-1] == right[-2] and out[-2:] == left[-2] + right[-1]:
+        return "values"
+    return None
+
+
+def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    scores = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    product = tap.last_product
+    if not isinstance(scores, Tensor) or scores.ndim < 3 or dim is None:
+        return func(*args, **kwargs)
+    if dim not in (-1, scores.ndim - 1):
+        tap.softmaxes.append(f"its softmax runs over axis {dim} of {scores.ndim}, not over the keys: a factorised (linear) form")
+        return func(*args, **kwargs)
+    if product is None or product[2].numel() != scores.numel() or product[2].shape[-2:] != scores.shape[-2:]:
+        tap.softmaxes.append("its softmax is not over products of queries with keys")
+        return func(*args, **kwargs)
+    q, k, result, number = product
+    shape = (-1, *scores.shape[-3:]) if scores.ndim != 3 else None
+    heads = getattr(tap.module, "num_heads", None) or getattr(tap.module, "num_attention_heads", None) or 1
+    fold = (lambda x: x.unflatten(0, (-1, heads))) if shape is None else (lambda x: x.reshape(-1, *x.shape[-3:]))
+    if shape is None and scores.shape[0] % heads:
+        heads = 1
+    k = k.expand(*q.shape[:-2], *k.shape[-2:]) if k.ndim == q.ndim else k
+    call = Call(fold(q), fold(k), fold(k), scale=1.0, host_scores=fold(scores))
+    edits = tap.begin(call)
+    changed = scores
+    if edits:
+        for e in edits:
+            if e.quantity in ("mask", "bias"):
+                e.before(call)
+        edited = call.raw_scores() if call.bias is None else call.raw_scores() + call.bias
+        for e in edits:
+            if e.quantity == "scores":
+                edited = e.on_scores(edited, call)
+        if edited is not call.host_scores and any(e.quantity in ("mask", "bias", "scores") for e in edits):
+            allowed = call.allowed()
+            call.host_scores, call.bias = edited, None
+            weights4 = ops.softmax(edited, allowed)
+            weights = weights4.reshape(scores.shape).to(scores.dtype)
+        else:
+            weights = func(*args, **kwargs)
+        for e in edits:
+            if e.quantity == "weights":
+                call.final_weights = e.on_weights(fold(_exact(weights)), call)
+                weights = call.final_weights.reshape(scores.shape).to(scores.dtype)
+    else:
+        weights = func(changed, *args[1:], **kwargs) if args else func(**kwargs)
+    tap.softmaxes.append("its weights are changed between the softmax and the product with the values: a mixture")
+    tap.pending = (weights, call)
+    call.product = number
+    return weights
+
+
+def _values(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Any:
+    """weights v of a hand-written site, with the edits of v before and those of the output after."""
+    assert tap.pending is not None
+    weights, call = tap.pending
+    tap.pending = None
+    edits = tap.edits()
+    four = call.q.shape
+    v4 = v.reshape(four[0], four[1], *v.shape[-2:]) if v.ndim != 4 else v
+    call.v = v4
+    for e in edits:
+        if e.quantity in ("v", "scale_keys"):
+            e.before(call)
+    if call.v is not v4:
+        back = call.v.reshape(v.shape)
+        args = tuple(back if a is v else a for a in args)
+        kwargs = {n: back if a is v else a for n, a in kwargs.items()}
+    result = func(*args, **kwargs)
+    out = result.reshape(four[0], four[1], *result.shape[-2:]) if result.ndim != 4 else result
+    tap.softmaxes.clear()
+    done = tap.finish(call, out, edits, "function")
+    return result if done is out else done.reshape(result.shape)
+
+
+def _dropout(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dropout of the weights keeps them pending."""
+    result = func(*args, **kwargs)
+    if tap.pending is not None and args and args[0] is tap.pending[0]:
+        call = tap.pending[1]
+        if result is not args[0]:
+            call.dropout = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        tap.pending = (result, call)
+    return result
+
+
+def _cast(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A cast or a copy of the weights keeps them pending."""
+    result = func(*args, **kwargs)
+    if tap.pending is not None and args and args[0] is tap.pending[0] and isinstance(result, Tensor):
+        tap.pending = (result, tap.pending[1])
+    return result
+
+
+SEAMS[F.scaled_dot_product_attention] = _sdpa
+for product in (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+    torch.einsum,
+):
+    SEAMS[product] = _product
+for normalizer in (F.softmax, torch.softmax, Tensor.softmax):
+    SEAMS[normalizer] = _softmax
+SEAMS[F.dropout] = _dropout
+for cast in (Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone):
+    SEAMS[cast] = _cast

@@ -1,0 +1,233 @@
+"""Every attention site of a model, found by one probe call, verified or refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.core.call import Call, tolerance
+from regard.core.host import host_of
+from regard.core.known import Known, knowledge, matches
+from regard.core.tap import Tap
+from regard.core.tokens import Tokens
+from regard.core.watch import Watch
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where attention happens.
+
+    ``verified`` says that weights times values recompute the site's own output (``error`` is the relative difference);
+    where it is False, ``reason`` says why, and the site gives no weights.
+    """
+
+    name: str
+    host: str
+    kind: str
+    form: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    queries: int
+    keys: int
+    tokens_q: Tokens | None
+    tokens_k: Tokens | None
+    calls: int
+    verified: bool
+    error: float
+    reason: str | None = None
+
+
+class Sites(list[Site]):
+    """The sites of one model in the order in which they run; index by number, name, or name with ``*``."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            found = super().__getitem__(key)
+            return Sites(found) if isinstance(key, slice) else found
+        for site in self:
+            if site.name == key:
+                return site
+        found = Sites(s for s in self if matches(s.name, s.kind, key))
+        if not found:
+            near = difflib.get_close_matches(key, [s.name for s in self], n=4, cutoff=0.3)
+            raise KeyError(f"no site is called {key!r}; nearest: {', '.join(near) or ', '.join(s.name for s in self)}")
+        return found
+
+    def kind(self, kind: str) -> Sites:
+        return Sites(s for s in self if s.kind == kind)
+
+    @property
+    def verified(self) -> Sites:
+        return Sites(s for s in self if s.verified)
+
+    @property
+    def refused(self) -> Sites:
+        return Sites(s for s in self if not s.verified)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.table import Table
+
+        table = Table("site", "kind", "form", "heads", "dim", "queries", "keys", "verified")
+        for s in self:
+            heads = str(s.heads) if s.kv_heads == s.heads else f"{s.heads}/{s.kv_heads}"
+            state = f"{s.error:.0e}" if s.verified else f"refused: {s.reason}"
+            row = [heads, str(s.head_dim), str(s.tokens_q or s.queries), str(s.tokens_k or s.keys)]
+            table.add_row(s.name, s.kind, s.form, *row, state)
+        yield table
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, force_terminal=False)
+        with console.capture() as text:
+            console.print(self)
+        return text.get()
+
+
+class _Probe(Watch):
+    """Watches every module once, and keeps the first call of each site and the softmaxes that were refused."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.first: dict[str, tuple[Call, str, int]] = {}
+        self.turned_down: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
+        self.inputs: dict[str, int] = {}
+        super().__init__(model)
+
+    def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
+        super().saw(tap, call, out, seam)
+        if tap.name in self.first:
+            first, seam, count = self.first[tap.name]
+            self.first[tap.name] = (first, seam, count + 1)
+        else:
+            self.first[tap.name] = (call, seam, 1)
+            # Checked at once: a host may overwrite its cache, or change weights in place, in the next call.
+            self.errors[tap.name] = call.error() if call.dropout == 0.0 else 0.0
+        return out
+
+    def refused(self, tap: Tap, reason: str) -> None:
+        self.turned_down.setdefault(tap.name, reason)
+
+
+def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, **arguments: Any) -> Sites:
+    """Run ``model`` once and list every attention site in it, verified or refused with the reason.
+
+    Args:
+        inputs, arguments: what the model is called with.
+        run: call this instead, for a model that runs inside a pipeline or ``generate``.
+
+    Raises:
+        ValueError: nothing to run the model with.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if run is None and not inputs and not arguments:
+        raise ValueError("sites() runs the model once: give its inputs, or run=lambda: pipeline(...)")
+    facts = knowledge(model)
+    before, facts.sites = facts.sites, {}
+    try:
+        with _Probe(model) as probe, torch.no_grad(), _Contexts(model) as contexts:
+            run() if run is not None else model(*inputs, **arguments)
+    except BaseException:
+        facts.sites = before
+        raise
+    found: dict[str, Site] = {}
+    for name in [n for n, _ in model.named_modules() if n in probe.first or n in probe.turned_down]:
+        module = model.get_submodule(name)
+        host = host_of(module)
+        if name not in probe.first:
+            reason = probe.turned_down[name]
+            found[name] = Site(
+                name, host.name, "self", "opaque", 0, 0, 0, False, 0, 0, None, None, 0, False, float("nan"), reason
+            )
+            continue
+        call, seam, count = probe.first[name]
+        error = probe.errors[name]
+        fits = error <= tolerance(call.q.dtype)
+        reason = None if fits else f"weights times values differ from its output by {error:.1e}"
+        kind = host.kind(model, name, call) or contexts.kind(name, call)
+        facts.sites[name] = Known(seam, kind, reason, call.product)  # type: ignore[arg-type]
+        said_q, said_k = facts.tokens(name, kind, call.q.shape[2], call.k.shape[2])
+        found[name] = Site(
+            name=name,
+            host=host.name,
+            kind=kind,
+            form=getattr(module, "form", "softmax"),
+            heads=call.q.shape[1],
+            kv_heads=call.k.shape[1],
+            head_dim=call.q.shape[-1],
+            causal=_is_causal(call),
+            queries=call.q.shape[2],
+            keys=call.k.shape[2],
+            tokens_q=said_q or call.tokens_q,
+            tokens_k=said_k or call.tokens_k,
+            calls=count,
+            verified=fits,
+            error=error,
+            reason=reason,
+        )
+    order = list(probe.first)
+    listed = [found[n] for n in order] + [s for n, s in found.items() if n not in probe.first]
+    return Sites(listed)
+
+
+class _Contexts:
+    """What every module was called with, so that self, cross, joint, pooled and channel attention can be told apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.streams: dict[str, list[tuple[int, ...]]] = {}
+        self.same: dict[str, bool] = {}
+        self.model = model
+
+    def __enter__(self) -> _Contexts:
+        self.hooks = [
+            m.register_forward_pre_hook(self._note(n), with_kwargs=True) for n, m in self.model.named_modules()
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            streams = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim >= 3]
+            distinct: list[Tensor] = []
+            for stream in streams:
+                if not any(stream is d for d in distinct):
+                    distinct.append(stream)
+            self.streams.setdefault(name, [tuple(d.shape) for d in distinct if d.ndim == 3 or len(distinct) == 1])
+
+        return note
+
+    def kind(self, name: str, call: Call) -> str:
+        l, s, h, d = call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.shape[-1]
+        streams = self.streams.get(name, [])
+        if len(streams) >= 2:
+            tokens = sorted(shape[1] for shape in streams)
+            if l == s and l == sum(tokens):
+                return "joint"
+            return "cross" if streams[1][1] == s or streams[1][0] == s else "self"
+        if streams and len(streams[0]) == 3 and streams[0][2] == h * l and l == s and streams[0][1] in (d, call.v.shape[-1]):
+            return "channel" if streams[0][1] != l else "self"
+        return "self" if l == s else "pool"
+
+
+def _is_causal(call: Call) -> bool:
+    allowed = call.allowed()
+    l, s = call.q.shape[2], call.k.shape[2]
+    if l == 1:
+        return False
+    future = torch.ones(l, s, dtype=torch.bool, device=call.q.device).triu(s - l + 1)
+    if allowed is not None:
+        return not bool((allowed & future).any())
+    added = call.added()
+    if added is None or added.shape[-2] == 1:
+        return False
+    return bool((added.expand(*added.shape[:-2], l, s)[..., future] < -1e4).all())

@@ -1,0 +1,234 @@
+"""A watch: what stands on a model between two moments, and is gone afterwards to the bit."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from regard.core import seams as _seams  # noqa: F401  fills SEAMS
+from regard.core.call import Call
+from regard.core.edit import Edit, EditConflict
+from regard.core.host import Host, hosts_of
+from regard.core.known import Known, Seam, knowledge, names
+from regard.core.step import Step, chosen
+from regard.core.tap import ATTRIBUTE, Tap, in_backward
+
+_PLAIN = (nn.Softmax, nn.Dropout, nn.Identity, nn.Linear, nn.LayerNorm, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Embedding)
+_GUESTS: dict[int, int] = {}
+
+
+class Watch:
+    """Taps on the sites of ``model`` that ``where`` names, until :meth:`undo`; also a context manager.
+
+    Handles may be undone in any order; each takes away exactly what it brought.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        where: str | Sequence[str] = "*",
+        *,
+        edits: Sequence[Edit] = (),
+        steps: slice | range | int | None = None,
+    ) -> None:
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.where, self.steps = where, steps
+        self.all_edits = tuple(edits)
+        chosen(steps, 0)
+        self.hosts: list[Host] = hosts_of(self.model)
+        self.exact = bool(knowledge(self.model).sites)
+        self.index = -1
+        self.active = True
+        self.seen: set[str] = set()
+        wanted = names(self.model, where)
+        self._check_conflicts(wanted)
+        self.taps: list[Tap] = []
+        for host in self.hosts:
+            _GUESTS[id(host)] = _GUESTS.get(id(host), 0) + 1
+            if _GUESTS[id(host)] == 1:
+                host.enter()
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        done: set[int] = set()
+        for name in wanted:
+            module = modules[name]
+            if id(module) in done or isinstance(module, _PLAIN) or "forward" not in dir(type(module)):
+                continue
+            done.add(id(module))
+            self._tap(module, name)
+        self._counter = self.model.register_forward_pre_hook(self._next)
+        _GUARDS.begin()
+
+    # -- what a tap asks --------------------------------------------------------------------------------------------
+
+    def edits_now(self) -> tuple[Edit, ...]:
+        if not self.all_edits:
+            return ()
+        if self.steps is not None:
+            if torch.compiler.is_compiling():
+                raise ValueError("steps= counts calls of the model, which a compiled graph does not: edit without steps=")
+            if not chosen(self.steps, max(self.index, 0)):
+                return ()
+        branch = self.branch()
+        return tuple(e for e in self.all_edits if e.applies(branch))
+
+    def branch(self) -> str | None:
+        for host in self.hosts:
+            branch = host.branch(self.model)
+            if branch is not None:
+                return branch
+        return None
+
+    def step(self) -> Step:
+        return Step(max(self.index, 0), self.branch())
+
+    def known(self, name: str) -> Known | None:
+        return knowledge(self.model).sites.get(name)
+
+    def name_tokens(self, name: str, call: Call) -> None:
+        """Give the call the names that the user, or else the host, has for its tokens."""
+        if torch.compiler.is_compiling() and not any(e.quantity in ("scale_keys", "bias") for e in self.all_edits):
+            return
+        known = self.known(name)
+        kind = known.kind if known else ""
+        q, k = knowledge(self.model).tokens(name, kind, call.q.shape[2], call.k.shape[2])
+        if q is None or k is None:
+            for host in self.hosts:
+                theirs = host.tokens(self.model, name, call)
+                q, k = q or theirs[0], k or theirs[1]
+        call.tokens_q = call.tokens_q or q
+        call.tokens_k = call.tokens_k or k
+
+    def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
+        """A call has run; a capture keeps it. Returns the output that the host goes on with."""
+        self.seen.add(tap.name)
+        return out
+
+    def refused(self, tap: Tap, reason: str) -> None:
+        """A softmax was seen that is not attention as we know it."""
+
+    # -- installing and undoing -------------------------------------------------------------------------------------
+
+    def _tap(self, module: nn.Module, name: str) -> None:
+        for tap in module.__dict__.get(ATTRIBUTE, ()):
+            if tap.thread == threading.get_ident():
+                break
+        else:
+            tap = Tap(module, name, self.exact)
+            known = self.known(name)
+            seam: Seam | None = known.seam if known else None
+            tap.install(hooked=not (self.exact and seam in ("interface", "own")))
+        tap.watches.append(self)
+        self.taps.append(tap)
+
+    def _next(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and not in_backward():
+            self.index += 1
+
+    def undo(self) -> None:
+        """Take everything away again; a second call does nothing."""
+        if not self.active:
+            return
+        self.active = False
+        _GUARDS.end()
+        self._counter.remove()
+        for tap in self.taps:
+            tap.watches.remove(self)
+            if not tap.watches:
+                tap.remove()
+        for host in self.hosts:
+            _GUESTS[id(host)] -= 1
+            if _GUESTS[id(host)] == 0:
+                host.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def _check_conflicts(self, wanted: list[str]) -> None:
+        others = [
+            (watch, e)
+            for module in self.model.modules()
+            for tap in module.__dict__.get(ATTRIBUTE, ())
+            for watch in tap.watches
+            for e in watch.all_edits
+            if tap.name in wanted or not watch.exact
+        ]
+        for i, mine in enumerate(self.all_edits):
+            rivals = [*self.all_edits[i + 1 :], *(e for w, e in others if _overlap(self.steps, w.steps))]
+            for other in rivals:
+                if mine.branch and other.branch and mine.branch != other.branch:
+                    continue
+                if mine.conflicts(other):
+                    raise EditConflict(
+                        f"two edits touch {', '.join(sorted(mine.touches & other.touches))} at the same sites and steps "
+                        f"({mine.quantity} and {other.quantity}): say which comes first with order="
+                    )
+
+
+def _overlap(a: slice | range | int | None, b: slice | range | int | None) -> bool:
+    if a is None or b is None:
+        return True
+    last = max((s.stop or 0) if isinstance(s, slice | range) else s + 1 for s in (a, b))
+    starts = max((s.start or 0) if isinstance(s, slice | range) else s for s in (a, b))
+    return any(chosen(a, i) and chosen(b, i) for i in range(max(last, starts) + 2))
+
+
+class _Guards(threading.local):
+    """Makes compiled models notice that they are watched.
+
+    Compiled code does not look at hooks, but it does look at the stack of function modes: a mode of a class of its own on
+    that stack means a graph of its own. One is pushed only where something has been compiled already; a graph compiled
+    during a watch without one is thrown away at the end.
+    """
+
+    def __init__(self) -> None:
+        self.watches = 0
+        self.mode: TorchFunctionMode | None = None
+        self.frames = 0
+        self.ended = 0
+
+    def begin(self) -> None:
+        self.watches += 1
+        self._renew()
+
+    def end(self) -> None:
+        self.watches -= 1
+        compiled = _compiled_frames() > self.frames
+        bare = self.mode is None
+        self._renew()
+        self.ended += compiled
+        # Graphs of ended watches never run again, but they count towards the recompile limit.
+        if compiled and (bare or self.ended % 6 == 0):
+            torch.compiler.reset()
+
+    def _renew(self) -> None:
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.mode = None
+        self.frames = _compiled_frames()
+        if self.watches and self.frames:
+            self.mode = type("Watched", (TorchFunctionMode,), {"__torch_function__": _pass})()
+            self.mode.__enter__()
+
+
+_GUARDS = _Guards()
+
+
+def _pass(self: Any, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    return func(*args, **(kwargs or {}))
+
+
+def _compiled_frames() -> int:
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return int(getattr(frames, "FRAME_COUNTER", 0)) if frames else 0
