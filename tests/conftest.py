@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 TYPECHECKED = ["regard.ops", "regard.nn", "regard.layers", "regard.models"]
 if os.environ.get("REGARD_TYPECHECK", "1") == "1":

@@ -28,7 +28,7 @@ _VERBS = {
     "bench": "regard.bench.run",
     "check": "regard.checks.run",
 }
-__all__ = [*_VERBS, "__version__"]  # noqa: PLE0604
+__all__ = [*_VERBS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

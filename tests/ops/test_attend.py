@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard.ops.attend import attend, causal_mask, check_heads, merge_masks, mix, reference, scores, softmax, widen
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 B, H, G, L, S, D, E = 2, 6, 3, 5, 7, 4, 3
 
 
@@ -35,8 +36,10 @@ def random_mask(*shape: int) -> Tensor:
     return torch.rand(shape) < 0.6
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
-@pytest.mark.parametrize(("h", "g"), [(1, 1), (6, 6), (6, 3), (6, 1)])
+@pytest.mark.parametrize(
+    ("backend", "h", "g"),
+    [*itertools.product(("reference", "sdpa"), (6,), (6, 3, 1)), ("reference", 1, 1), ("flex", 6, 3)],
+)
 def test_equals_loops(backend: str, h: int, g: int) -> None:
     dtype = torch.float32 if backend == "flex" else torch.float64
     q, k, v = (x.detach() for x in inputs(h=h, g=g, e=D))
@@ -48,18 +51,32 @@ def test_equals_loops(backend: str, h: int, g: int) -> None:
     assert (out[:, :, 2] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
-@pytest.mark.parametrize(
-    "mask_shape", [None, (S,), (L, 1), (L, S), (B, 1, 1, S), (1, H, L, S), (B, 1, L, S), (B, H, L, S)]
-)
-@pytest.mark.parametrize("bias_shape", [None, (S,), (H, 1, 1), (L, S), (B, H, L, S)])
-def test_broadcast_masks_and_biases(backend: str, mask_shape: tuple | None, bias_shape: tuple | None) -> None:
-    dtype = torch.float32 if backend == "flex" else torch.float64
-    q, k, v = (x.detach().to(dtype) for x in inputs(e=D))
+MASK_SHAPES = [None, (S,), (L, 1), (L, S), (B, 1, 1, S), (1, H, L, S), (B, 1, L, S), (B, H, L, S)]
+BIAS_SHAPES = [None, (S,), (H, 1, 1), (L, S), (B, H, L, S)]
+
+
+@pytest.mark.parametrize("mask_shape", MASK_SHAPES)
+@pytest.mark.parametrize("bias_shape", BIAS_SHAPES)
+def test_broadcast_masks_and_biases(mask_shape: tuple | None, bias_shape: tuple | None) -> None:
+    q, k, v = (x.detach() for x in inputs())
     mask = None if mask_shape is None else random_mask(*mask_shape)
-    bias = None if bias_shape is None else torch.randn(bias_shape, dtype=dtype)
-    out = attend(q, k, v, mask=mask, bias=bias, backend=backend)
-    torch.testing.assert_close(out, reference(q, k, v, mask=mask, bias=bias), rtol=0, atol=1e-6)
+    bias = None if bias_shape is None else torch.randn(bias_shape, dtype=torch.float64)
+    full_mask = torch.ones(B, H, L, S, dtype=torch.bool) if mask is None else mask.expand(B, H, L, S)
+    full_bias = torch.zeros(B, H, L, S, dtype=torch.float64) if bias is None else bias.expand(B, H, L, S)
+    wanted = loops(q, k, v, full_mask, full_bias, D**-0.5)
+    for backend in ("reference", "sdpa"):
+        torch.testing.assert_close(attend(q, k, v, mask=mask, bias=bias, backend=backend), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shapes", [(None, None), ((S,), (H, 1, 1)), ((B, 1, L, S), (S,))])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex(shapes: tuple, causal: bool) -> None:
+    q, k, v = (x.detach().float() for x in inputs(e=D))
+    mask, bias = (None if shape is None else torch.randn(shape) for shape in shapes)
+    mask = None if mask is None else mask > -0.3
+    out = attend(q, k, v, mask=mask, bias=bias, causal=causal, scale=0.4, backend="flex")
+    wanted = reference(q, k, v, mask=mask, bias=bias, causal=causal, scale=0.4)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -133,7 +150,7 @@ def test_no_keys(backend: str) -> None:
     assert out.shape == (B, H, L, E)
     assert (out == 0).all()
     out.sum().backward()
-    assert (q.grad == 0).all()
+    assert all((x.grad == 0).all() for x in (q, k, v))
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -144,12 +161,12 @@ def test_no_queries(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_bfloat16(backend: str) -> None:
-    q, k, v = (x.detach() for x in inputs())
-    out = attend(
-        q.bfloat16(), k.bfloat16(), v.bfloat16(), mask=random_mask(L, S), bias=torch.randn(L, S), backend=backend
-    )
-    assert out.dtype == torch.bfloat16 or backend == "reference"
-    assert torch.isfinite(out).all()
+    q, k, v = (x.detach().bfloat16() for x in inputs())
+    mask, bias = random_mask(L, S), torch.randn(L, S)
+    out = attend(q, k, v, mask=mask, bias=bias, backend=backend)
+    assert out.dtype == torch.bfloat16
+    wanted = reference(q.double(), k.double(), v.double(), mask=mask, bias=bias.double())
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=0.05)
 
 
 def test_dropout_keeps_the_mean() -> None:

@@ -5,8 +5,9 @@ from math import exp, log, sqrt
 
 import pytest
 import torch
-from regard.ops import gates
 from torch import Tensor
+
+from regard.ops import gates
 
 POOLS = {
     "avg": lambda p: sum(p) / len(p),
@@ -25,7 +26,9 @@ def feature_map(*shape: int) -> Tensor:
 def test_channel_pool(kind: str, shape: tuple[int, ...]) -> None:
     x = feature_map(*shape)
     expected = [[POOLS[kind](channel.flatten().tolist()) for channel in sample] for sample in x]
-    torch.testing.assert_close(gates.channel_pool(x, kind), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        gates.channel_pool(x, kind), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert torch.autograd.gradcheck(lambda y: gates.channel_pool(y, kind), x)
 
 
@@ -47,7 +50,7 @@ def test_zpool_is_max_then_mean(dim: int) -> None:
     x = feature_map(2, 3, 4, 5)
     out = gates.zpool(x, dim)
     for at in product(*(range(n) for i, n in enumerate(x.shape) if i != dim)):
-        line = [at[: dim] + (j,) + at[dim:] for j in range(x.shape[dim])]
+        line = [(*at[:dim], j, *at[dim:]) for j in range(x.shape[dim])]
         values = [x[i].item() for i in line]
         assert out[line[0]].item() == max(values)
         assert out[line[1]].item() == pytest.approx(sum(values) / len(values), abs=1e-14)
@@ -67,7 +70,12 @@ def test_strip_pool_leaves_the_other_axis() -> None:
 
 
 def test_apply_gate() -> None:
-    x, channel, row, pixel = feature_map(2, 3, 4, 5), feature_map(2, 3), feature_map(2, 3, 4, 1), feature_map(2, 1, 4, 5)
+    x, channel, row, pixel = (
+        feature_map(2, 3, 4, 5),
+        feature_map(2, 3),
+        feature_map(2, 3, 4, 1),
+        feature_map(2, 1, 4, 5),
+    )
     out = gates.apply_gate(x, channel, row, pixel)
     for b, c, y, z in product(range(2), range(3), range(4), range(5)):
         expected = x[b, c, y, z] * channel[b, c] * row[b, c, y, 0] * pixel[b, 0, y, z]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from regard.ops import linear
 from torch import Tensor
+
+from regard.ops import linear
 
 
 def inputs(b: int, h: int, g: int, l: int, s: int, d: int = 4, e: int = 3) -> list[Tensor]:
@@ -25,7 +26,8 @@ def mixed(a: Tensor, v: Tensor) -> Tensor:
 def agree(out: Tensor, expected: Tensor, leaves: list[Tensor], atol: float = 1e-12) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=atol)
     cotangent = torch.randn_like(expected)
-    for ours, theirs in zip(torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent)):
+    gradients = [torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (out, expected)]
+    for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=atol)
 
 
@@ -53,7 +55,9 @@ def test_one_mask_serves_the_batch_and_no_key_is_zero() -> None:
 def test_rows_sum_to_one() -> None:
     q, k, _ = inputs(2, 4, 2, 7, 9)
     ones = torch.ones(2, 2, 9, 1, dtype=torch.float64)
-    torch.testing.assert_close(linear.linear_attend(q, k, ones, eps=0.0), torch.ones_like(q[..., :1]), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        linear.linear_attend(q, k, ones, eps=0.0), torch.ones_like(q[..., :1]), rtol=0, atol=1e-14
+    )
 
 
 def test_half_precision_does_not_overflow() -> None:

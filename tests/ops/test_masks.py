@@ -68,6 +68,7 @@ def test_count_and_block_mask(mask: Mask, rule: Callable[[int, int, int, int], b
     assert torch.equal(made.to_dense().bool(), cells)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_runs_on_it() -> None:
     mask = both(causal(), window(LEFT, 0), documents(IDS))
     q, k, v = torch.randn(2, 3, L, 16), torch.randn(2, 3, L, 16), torch.randn(2, 3, L, 16)
@@ -131,14 +132,11 @@ def test_grid_window_is_the_shifted_window_scheme(grid: tuple[int, ...], size: i
     region, place = torch.zeros(grid, dtype=torch.long), torch.zeros(grid, dtype=torch.long)
     for axis, (length, n, t) in enumerate(zip(grid, sizes, shifts)):
         line = torch.arange(length)
-        numbers = (
-            torch.where(line < length - n, 0, torch.where(line < length - t, 1, 2)) if t else torch.zeros_like(line)
-        )
+        numbers = (line >= length - n).long() + (line >= length - t) if t else torch.zeros_like(line)
         shape = [-1 if a == axis else 1 for a in range(axes)]
         region = region * 3 + numbers.view(shape)
         place = place * 100 + (line // n).view(shape)
-    back = dict(shifts=tuple(shifts), dims=tuple(range(axes)))
-    region, place = region.roll(**back).flatten(), place.roll(**back).flatten()
+    region, place = (x.roll(tuple(shifts), tuple(range(axes))).flatten() for x in (region, place))
     wanted = (region[:, None] == region) & (place[:, None] == place)
     assert torch.equal(dense(grid_window(grid, size, shift), 1, 1, len(region), len(region))[0, 0], wanted)
 

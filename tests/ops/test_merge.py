@@ -100,7 +100,7 @@ def test_twice_differentiable() -> None:
         return out, lse.exp()
 
     assert torch.autograd.gradcheck(both, leaves)
-    assert torch.autograd.gradgradcheck(both, leaves)
+    assert torch.autograd.gradgradcheck(both, leaves, fast_mode=True)
 
 
 def test_half_precision_keeps_the_log_precise() -> None:

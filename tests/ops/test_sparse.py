@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from regard.ops import sparse
 from regard.ops.attend import attend
 from regard.ops.select import topk_blocks
 from regard.ops.windows import neighborhood_grid_index
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def inputs(b: int, h: int, g: int, l: int, s: int, d: int = 5, e: int = 3) -> list[Tensor]:
@@ -36,31 +37,44 @@ def loop(q: Tensor, k: Tensor, v: Tensor, keys, scale: float | None = None, bias
 def agree(out: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     cotangent = torch.randn_like(expected)
-    for ours, theirs in zip(torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent)):
+    gradients = [torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (out, expected)]
+    for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 CASES = {
-    "odd sizes": dict(b=2, h=2, g=2, l=7, s=11, block_size=4),
-    "batch of one": dict(b=1, h=1, g=1, l=5, s=5, block_size=2),
-    "grouped": dict(b=2, h=6, g=2, l=9, s=9, block_size=3),
-    "causal": dict(b=2, h=4, g=2, l=6, s=11, block_size=4, causal=True),
-    "causal blocks": dict(b=2, h=2, g=1, l=11, s=11, block_size=4, query_block=4, causal=True),
-    "query blocks": dict(b=2, h=2, g=2, l=11, s=7, block_size=2, query_block=3),
-    "one block": dict(b=2, h=2, g=2, l=4, s=3, block_size=8),
-    "one query": dict(b=2, h=2, g=1, l=1, s=9, block_size=2, causal=True),
-    "scale": dict(b=1, h=2, g=2, l=7, s=6, block_size=3, scale=0.3),
-    "shared table": dict(b=2, h=4, g=2, l=7, s=11, block_size=4, table=(1, 1)),
-    "key mask": dict(b=2, h=2, g=1, l=7, s=11, block_size=4, mask=(2, 1, 1, 11)),
-    "pair mask": dict(b=2, h=4, g=2, l=7, s=11, block_size=4, query_block=2, mask=(2, 4, 7, 11), causal=True),
+    "odd sizes": {"b": 2, "h": 2, "g": 2, "l": 7, "s": 11, "block_size": 4},
+    "batch of one": {"b": 1, "h": 1, "g": 1, "l": 5, "s": 5, "block_size": 2},
+    "grouped": {"b": 2, "h": 6, "g": 2, "l": 9, "s": 9, "block_size": 3},
+    "causal": {"b": 2, "h": 4, "g": 2, "l": 6, "s": 11, "block_size": 4, "causal": True},
+    "causal blocks": {"b": 2, "h": 2, "g": 1, "l": 11, "s": 11, "block_size": 4, "query_block": 4, "causal": True},
+    "query blocks": {"b": 2, "h": 2, "g": 2, "l": 11, "s": 7, "block_size": 2, "query_block": 3},
+    "one block": {"b": 2, "h": 2, "g": 2, "l": 4, "s": 3, "block_size": 8},
+    "one query": {"b": 2, "h": 2, "g": 1, "l": 1, "s": 9, "block_size": 2, "causal": True},
+    "scale": {"b": 1, "h": 2, "g": 2, "l": 7, "s": 6, "block_size": 3, "scale": 0.3},
+    "shared table": {"b": 2, "h": 4, "g": 2, "l": 7, "s": 11, "block_size": 4, "table": (1, 1)},
+    "key mask": {"b": 2, "h": 2, "g": 1, "l": 7, "s": 11, "block_size": 4, "mask": (2, 1, 1, 11)},
+    "pair mask": {
+        "b": 2,
+        "h": 4,
+        "g": 2,
+        "l": 7,
+        "s": 11,
+        "block_size": 4,
+        "query_block": 2,
+        "mask": (2, 4, 7, 11),
+        "causal": True,
+    },
 }
 
 
+@pytest.mark.parametrize("compiling", [False, True], ids=["exact tiles", "bound on tiles"])
 @pytest.mark.parametrize("chunk", [sparse.CHUNK, 100], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_block_sparse(case: dict, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sparse(case: dict, chunk: int, compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = dict(case)
     monkeypatch.setattr(sparse, "CHUNK", chunk)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     shape = {name: case.pop(name) for name in "bhgls"}
     b, h, l, s, size, r = shape["b"], shape["h"], shape["l"], shape["s"], case["block_size"], case.get("query_block", 1)
     leaves = inputs(**shape)
@@ -168,17 +182,27 @@ def test_memory_is_far_from_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LISTS = {
-    "one list": dict(b=2, h=2, g=2, l=7, s=11, index=(7, 4)),
-    "one list, grouped": dict(b=2, h=6, g=2, l=7, s=11, index=(7, 4)),
-    "batch of one": dict(b=1, h=1, g=1, l=3, s=2, index=(3, 5)),
-    "every head's list": dict(b=2, h=4, g=2, l=7, s=11, index=(2, 4, 7, 3)),
-    "a list a sample": dict(b=2, h=4, g=2, l=5, s=6, index=(2, 1, 5, 3)),
-    "a list a head": dict(b=2, h=4, g=1, l=5, s=6, index=(1, 4, 5, 3)),
-    "empty lists": dict(b=2, h=4, g=2, l=5, s=6, index=(5, 0)),
-    "valid": dict(b=2, h=4, g=2, l=7, s=11, index=(7, 4), valid=(2, 4, 7, 4)),
-    "valid for all": dict(b=2, h=4, g=2, l=7, s=11, index=(2, 4, 7, 4), valid=(7, 4)),
-    "bias": dict(b=2, h=4, g=2, l=7, s=11, index=(7, 4), bias=(4, 7, 4)),
-    "everything": dict(b=2, h=4, g=2, l=7, s=11, index=(2, 1, 7, 4), valid=(2, 1, 7, 4), bias=(1, 4, 1, 4), scale=0.3),
+    "one list": {"b": 2, "h": 2, "g": 2, "l": 7, "s": 11, "index": (7, 4)},
+    "one list, grouped": {"b": 2, "h": 6, "g": 2, "l": 7, "s": 11, "index": (7, 4)},
+    "batch of one": {"b": 1, "h": 1, "g": 1, "l": 3, "s": 2, "index": (3, 5)},
+    "every head's list": {"b": 2, "h": 4, "g": 2, "l": 7, "s": 11, "index": (2, 4, 7, 3)},
+    "a list a sample": {"b": 2, "h": 4, "g": 2, "l": 5, "s": 6, "index": (2, 1, 5, 3)},
+    "a list a head": {"b": 2, "h": 4, "g": 1, "l": 5, "s": 6, "index": (1, 4, 5, 3)},
+    "empty lists": {"b": 2, "h": 4, "g": 2, "l": 5, "s": 6, "index": (5, 0)},
+    "valid": {"b": 2, "h": 4, "g": 2, "l": 7, "s": 11, "index": (7, 4), "valid": (2, 4, 7, 4)},
+    "valid for all": {"b": 2, "h": 4, "g": 2, "l": 7, "s": 11, "index": (2, 4, 7, 4), "valid": (7, 4)},
+    "bias": {"b": 2, "h": 4, "g": 2, "l": 7, "s": 11, "index": (7, 4), "bias": (4, 7, 4)},
+    "everything": {
+        "b": 2,
+        "h": 4,
+        "g": 2,
+        "l": 7,
+        "s": 11,
+        "index": (2, 1, 7, 4),
+        "valid": (2, 1, 7, 4),
+        "bias": (1, 4, 1, 4),
+        "scale": 0.3,
+    },
 }
 
 

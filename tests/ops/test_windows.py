@@ -5,6 +5,7 @@ from math import prod
 
 import pytest
 import torch
+
 from regard.ops import windows as W
 from regard.ops.attend import attend
 
@@ -98,7 +99,9 @@ def test_relative_index_on_any_axes(size: tuple[int, ...]) -> None:
     assert W.relative_index(size).tolist() == expected
 
 
-@pytest.mark.parametrize(("grid", "block", "border"), [((6,), 2, 1), ((4, 6), 2, 3), ((4, 9), (2, 3), (1, 0)), ((3, 5), 1, 2)])
+@pytest.mark.parametrize(
+    ("grid", "block", "border"), [((6,), 2, 1), ((4, 6), 2, 3), ((4, 9), (2, 3), (1, 0)), ((3, 5), 1, 2)]
+)
 def test_halo(grid, block, border) -> None:
     blocks, halos = W.per_axis(block, len(grid), "b"), W.per_axis(border, len(grid), "h", least=0)
     x = torch.randn(2, *grid, 3, dtype=torch.float64, requires_grad=True)
@@ -111,7 +114,9 @@ def test_halo(grid, block, border) -> None:
                 at = tuple(o * s + j - h for o, s, j, h in zip(window, blocks, token, halos))
                 inside = all(0 <= a < n for a, n in zip(at, grid))
                 assert valid[w, t].item() is inside
-                assert torch.equal(keys[i * prod(counts) + w, t], x[(i, *at)] if inside else torch.zeros_like(keys[0, 0]))
+                assert torch.equal(
+                    keys[i * prod(counts) + w, t], x[(i, *at)] if inside else torch.zeros_like(keys[0, 0])
+                )
                 seen[at if inside else (0,) * len(grid)] += inside
     (gradient,) = torch.autograd.grad(keys.sum(), x)
     assert torch.equal(gradient, (seen / 2)[None, ..., None].expand_as(x))
@@ -143,13 +148,17 @@ def test_neighborhood_index(length: int, kernel: int, dilation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "kernel", "dilation"), [((5, 7), 3, 1), ((6, 9), (3, 5), 1), ((7, 10), 3, (2, 3)), ((3, 4, 5), 3, 1), ((6,), 3, 2)]
+    ("grid", "kernel", "dilation"),
+    [((5, 7), 3, 1), ((6, 9), (3, 5), 1), ((7, 10), 3, (2, 3)), ((3, 4, 5), 3, 1), ((6,), 3, 2)],
 )
 def test_neighborhood_of_a_grid_and_its_biases(grid, kernel, dilation) -> None:
     kernels, dilations = W.per_axis(kernel, len(grid), "k"), W.per_axis(dilation, len(grid), "d")
     flat = torch.arange(prod(grid)).view(grid)
     table = torch.arange(prod(2 * k - 1 for k in kernels)).view([2 * k - 1 for k in kernels])
-    index, relative = W.neighborhood_grid_index(grid, kernel, dilation), W.neighborhood_relative_index(grid, kernel, dilation)
+    index, relative = (
+        W.neighborhood_grid_index(grid, kernel, dilation),
+        W.neighborhood_relative_index(grid, kernel, dilation),
+    )
     for n, at in enumerate(product(*map(range, grid))):
         keys = list(product(*(neighbours(i, *axis) for i, axis in zip(at, zip(grid, kernels, dilations)))))
         assert index[n].tolist() == [flat[key].item() for key in keys]

@@ -198,9 +198,10 @@ def nearest(wanted: object, known: Iterable[str], n: int | None = None) -> str:
 
 def one_of(values: type[StrEnum], where: str, value: Any) -> Any:
     """``value`` as a member of ``values``; ValueError naming ``where``, the value and those allowed."""
-    if value not in list(values):
-        raise ValueError(f"{where}={value!r} is not one of {nearest(value, values)}")
-    return values(value)
+    try:
+        return values(value)
+    except ValueError:
+        raise ValueError(f"{where}={value!r} is not one of {nearest(value, values)}") from None
 
 
 def read_value(where: str, key: str, value: Any) -> Any:

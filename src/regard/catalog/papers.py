@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_name("papers.toml")
 BIBLIOGRAPHY = ("title", "authors", "arxiv", "year", "kind", "domain", "official", "depends_on")
+_ENUMS: dict[str, type[StrEnum]] = {"kind": Kind, "domain": Domain, **SINGLE, **MULTIPLE}
 FILTERS = ("kind", "domain", "year", *SINGLE, *MULTIPLE, *FLAGS, "host")
 
 
@@ -81,17 +84,19 @@ class Papers(list[Paper]):
         return Papers(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
     def table(self) -> Table:
-        """The list as a rich table."""
+        """The list as a rich table, one line a paper; titles are cut where the terminal ends."""
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        built = sum(paper.built for paper in self)
-        table = Table(box=box.SIMPLE_HEAD, caption=f"{len(self)} papers, {built} built", caption_justify="left")
+        caption = f"{len(self)} found, {sum(paper.built for paper in self)} built"
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
         for column in ("slug", "year", "kind", "domain", "built"):
             table.add_column(column, no_wrap=True)
-        table.add_column("title", overflow="fold")
+        table.add_column("title")
         for p in self:
-            table.add_row(p.slug, str(p.year), p.kind, p.domain, "yes" if p.built else "", p.title)
+            title = Text(p.title, no_wrap=True, overflow="ellipsis")
+            table.add_row(p.slug, str(p.year), p.kind, p.domain, "yes" if p.built else "", title)
         return table
 
     def __rich__(self) -> Table:
@@ -100,7 +105,7 @@ class Papers(list[Paper]):
     def __repr__(self) -> str:
         from rich.console import Console
 
-        console = Console(color_system=None)
+        console = Console(color_system=None, width=None if sys.stdout.isatty() else 120)
         with console.capture() as text:
             console.print(self.table())
         return text.get()
@@ -164,19 +169,21 @@ def _wanted(key: str, value: Any) -> tuple[Any, ...]:
         if not all(type(v) is int for v in values):
             raise ValueError(f"year={value!r} must be a year or several")
         return values
-    if key in MULTIPLE:
-        return read_value("", key, list(values))
-    if key in ("kind", "domain"):
-        return tuple(one_of(Kind if key == "kind" else Domain, key, v) for v in values)
-    return tuple(read_value("", key, v) for v in values)
+    return tuple(one_of(_ENUMS[key], key, v) if key in _ENUMS else read_value("", key, v) for v in values)
+
+
+def _check_names(asked: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key, value in asked.items():
+        if key not in known:
+            raise ValueError(f"{key}={value!r} is not something to filter by; nearest: {nearest(key, known, 4)}")
 
 
 def find(**facets: Any) -> Papers:
     """Papers that match every facet given; a list of values means one of them.
 
     Args:
-        facets: any of ``FILTERS``: ``kind``, ``domain``, ``year`` or a facet. A paper with several values matches by any of
-            them; ``host`` matches by a part of it.
+        facets: any of ``FILTERS``: ``kind``, ``domain``, ``year`` or a facet. A paper with several values matches by
+            any of them; ``host`` matches by a part of it.
 
     Raises:
         ValueError: an unknown facet or value; the message has the nearest names.
@@ -185,9 +192,7 @@ def find(**facets: Any) -> Papers:
         >>> [paper.slug for paper in find(distribution="relu", kind=["layer", "model"])]
         ['rela']
     """
-    for key, value in facets.items():
-        if key not in FILTERS:
-            raise ValueError(f"{key}={value!r} is not a facet; nearest: {nearest(key, FILTERS, 4)}")
+    _check_names(facets, FILTERS)
     asked = {key: _wanted(key, value) for key, value in facets.items()}
 
     def matches(paper: Paper) -> bool:
@@ -213,16 +218,10 @@ def papers(text: str | None = None, *, built: bool | None = None, **facets: Any)
         ValueError: an unknown facet or value; the message has the nearest names.
 
     Example:
-        >>> len(papers())
-        231
         >>> [paper.slug for paper in papers("neighborhood", kind="layer")]
         ['faster-neighborhood-attention']
     """
-    if unknown := [key for key in facets if key not in FILTERS]:
-        key = unknown[0]
-        raise ValueError(
-            f"{key}={facets[key]!r} is not a filter; nearest: {nearest(key, ('text', 'built', *FILTERS), 4)}"
-        )
+    _check_names(facets, ("text", "built", *FILTERS))
     found = find(**facets)
     if text is not None:
         found = Papers(p for p in found if text.lower() in p.title.lower() or text.lower() in p.slug)
@@ -230,11 +229,9 @@ def papers(text: str | None = None, *, built: bool | None = None, **facets: Any)
 
 
 def table(rows: str, cols: str) -> dict[Any, dict[Any, int]]:
-    """How many papers have each pair of values of two facets, zeros included; a paper with several values counts in each.
+    """How many papers have each pair of values of two facets, zeros included.
 
-    Example:
-        >>> table("distribution", "kind")["relu"]["layer"]
-        1
+    A paper with several values of a facet counts in each of them: ``table("cost", "kind")["N"]["layer"]``.
     """
     for name, key in (("rows", rows), ("cols", cols)):
         if key not in FILTERS or key == "host":
@@ -242,8 +239,8 @@ def table(rows: str, cols: str) -> dict[Any, dict[Any, int]]:
     everything = list(_catalogue().values())
 
     def axis(key: str) -> list[Any]:
-        allowed = {"kind": Kind, "domain": Domain, **SINGLE, **MULTIPLE}.get(key)
-        return list(allowed) if allowed else sorted({value for paper in everything for value in _values(paper, key)})
+        values = {value for paper in everything for value in _values(paper, key)}
+        return list(_ENUMS[key]) if key in _ENUMS else sorted(values)
 
     counts = {row: dict.fromkeys(axis(cols), 0) for row in axis(rows)}
     for paper in everything:
@@ -254,7 +251,7 @@ def table(rows: str, cols: str) -> dict[Any, dict[Any, int]]:
 
 
 def distance(a: Paper, b: Paper) -> float:
-    """Single-valued facets that differ (kind among them), plus one minus the Jaccard index of each multi-valued facet."""
+    """Single-valued facets that differ, kind among them, plus one minus the Jaccard index of each multi-valued one."""
     single = sum(_values(a, key) != _values(b, key) for key in ("kind", *SINGLE, *FLAGS))
     pairs = [(set(_values(a, key)), set(_values(b, key))) for key in MULTIPLE]
     return single + sum(1 - len(x & y) / len(x | y) for x, y in pairs)
@@ -273,15 +270,13 @@ def validate(rows: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
     """Everything that is wrong with the catalogue, one line each; empty when nothing is.
 
     Args:
-        rows: tables as TOML gives them; default those of the file, which are also held against the files of code.
+        rows: tables as TOML gives them; default those of the file.
     """
     from graphlib import CycleError, TopologicalSorter
 
     problems: list[str] = []
     if rows is None:
         rows = tomllib.loads(FILE.read_text(encoding="utf-8"))
-        strays = [module for slug, (module, _) in registry.modules().items() if slug not in rows]
-        problems += [f"{module}: no paper has the name of this file" for module in strays]
     read: dict[str, Paper] = {}
     for slug, row in rows.items():
         try:
@@ -294,10 +289,9 @@ def validate(rows: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
             if (value := getattr(paper, key)) is not None and first.setdefault(value, slug) != slug:
                 problems.append(f"{slug}: {key}={value!r} is also that of {first[value]}")
     for slug, paper in read.items():
-        strange = [other for other in paper.depends_on if other not in rows]
-        problems += [
-            f"{slug}: depends_on={o!r} is not in the catalogue; nearest: {nearest(o, rows, 4)}" for o in strange
-        ]
+        for other in paper.depends_on:
+            if other not in rows:
+                problems.append(f"{slug}: depends_on={other!r} is not here; nearest: {nearest(other, rows, 4)}")
     try:
         TopologicalSorter({slug: paper.depends_on for slug, paper in read.items()}).prepare()
     except CycleError as error:

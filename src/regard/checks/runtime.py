@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils import deterministic
 from torch.utils.checkpoint import checkpoint
 
 from regard.catalog.registry import Method
 from regard.checks.contract import Skip, contract
 from regard.checks.samples import all_same, build, gradients, run, sample
 from regard.nn.attention import Attention
+
+_MEMORY: Any = torch.utils.deterministic
 
 
 def _move(layer: nn.Module, device: str) -> None:
@@ -54,17 +55,17 @@ def nan_filled_memory() -> Iterator[None]:
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        deterministic.fill_uninitialized_memory,
+        _MEMORY.fill_uninitialized_memory,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)
-            deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+            _MEMORY.fill_uninitialized_memory = True
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            deterministic.fill_uninitialized_memory = before[2]  # type: ignore[assignment]
+            _MEMORY.fill_uninitialized_memory = before[2]
 
 
 @contract("layer")

@@ -21,10 +21,11 @@ GRIDS = ((1, 1), (1, 2), (3, 5), (7, 9))
 def arguments_of(target: Callable[..., Any]) -> frozenset[str]:
     """Names of the keyword arguments that a class or factory takes, followed through ``**kwargs`` to its bases."""
     names: set[str] = set()
-    for step in inspect.getmro(target) if isinstance(target, type) else (target,):
-        if isinstance(step, type) and "__init__" not in vars(step):
-            continue
-        found = inspect.signature(step.__init__ if isinstance(step, type) else step).parameters
+    steps = (
+        [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)] if isinstance(target, type) else [target]
+    )
+    for step in steps:
+        found = inspect.signature(step).parameters
         names |= set(found)
         if all(p.kind is not p.VAR_KEYWORD for p in found.values()):
             break
@@ -43,13 +44,13 @@ def arguments(method: Method, **wishes: Any) -> dict[str, Any]:
 
 
 def stir(layer: nn.Module, seed: int = 0) -> nn.Module:
-    """Move every parameter a little, keeping signs, so that nothing hides behind a zero or an identity at initialisation."""
+    """Move every parameter a little, keeping signs, so that nothing hides behind a zero at initialisation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in layer.parameters():
             if p.is_floating_point():
                 noise = 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).clamp(-3, 3)
-                p += noise.to(p.dtype) * torch.where(p == 0, 1.0, p.abs())
+                p.add_(noise.to(p.dtype) * torch.where(p == 0, 1.0, p.abs()))
     return layer
 
 
@@ -61,10 +62,12 @@ def build(method: Method, dtype: torch.dtype = torch.float64, *, seed: int = 0, 
 
 
 def width(method: Method) -> int:
-    """Channels of x."""
-    if "dim" not in method.example:
+    """Channels of x: the example's ``dim``; a layer without such an argument must take any."""
+    if "dim" in method.example:
+        return method.example["dim"]
+    if "dim" in arguments_of(method.target):
         raise ValueError(f"example={method.example!r} must have 'dim', the channels of x")
-    return method.example["dim"]
+    return 8
 
 
 def whole(method: Method, n: int) -> int:
@@ -152,7 +155,8 @@ def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> N
     worst = int(gap.argmax())
     at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), gap.shape))
     assert gap.max() <= limit, (
-        f"{what}: at {at} got {got.flatten()[worst]:.6g}, expected {expected.flatten()[worst]:.6g} (allowed gap {limit:.1e})"
+        f"{what}: at {at} got {got.flatten()[worst]:.6g}, expected {expected.flatten()[worst]:.6g}, "
+        f"allowed gap {limit:.1e}"
     )
 
 

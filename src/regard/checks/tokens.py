@@ -36,7 +36,12 @@ def check_no_look_into_the_future(method: Method) -> None:
         reached += int(grad[:, : t + 1].any())
         assert not grad[:, t + 1 :].any(), f"output {t} has a gradient from a token after it"
         changed = torch.cat([x[:, : t + 1], random((2, n - t - 1, x.shape[2]), seed=8) * 3], 1).detach()
-        same(run(layer, changed, **options)[:, : t + 1], out[:, : t + 1], f"outputs up to {t}, later tokens changed", 1e-10)
+        same(
+            run(layer, changed, **options)[:, : t + 1],
+            out[:, : t + 1],
+            f"outputs up to {t}, later tokens changed",
+            1e-10,
+        )
     assert reached, "no output depends on any token"
 
 
@@ -74,7 +79,7 @@ def check_padding_changes_nothing(method: Method) -> None:
 
 @contract("layer", mask=True, input=("tokens", "grid"))
 def check_fully_masked_rows(method: Method) -> None:
-    """Rows that may look nowhere are finite in output and gradients, read no other token, and leave other rows alone."""
+    """Rows that may look nowhere are finite in output and gradients, read no other token, leave other rows alone."""
     for causal in sorted({False, method.tags.causal}):
         layer = build(method, causal=causal)
         x, options = sample(method, layer)
@@ -129,7 +134,9 @@ def check_context_is_read(method: Method) -> None:
     if method.tags.swap:
         assert out.shape == x.shape, f"shape {tuple(out.shape)}, expected that of x, {tuple(x.shape)}"
     (out * random(tuple(out.shape), seed=6)).sum().backward()
-    assert options["context"].grad is not None and options["context"].grad.any(), "context gets no gradient"
+    grad = options["context"].grad
+    reached = grad is not None and bool(grad.any())
+    assert reached, "context gets no gradient"
     options["context"] = torch.cat([context[:1] + 1.0 + random(tuple(context[:1].shape), seed=4), context[1:]])
     changed = run(layer, x, **options)
     assert not torch.allclose(changed[0], out[0]), "another context gives the same output"
@@ -179,9 +186,9 @@ def check_cached_equals_uncached(method: Method) -> None:
         same(got, expected, f"cached in chunks of {chunks}", 1e-10)
 
 
-def _plain(layer: nn.Module) -> Attention:
-    """The layer if it is softmax attention whose computation is the base's; else Skip."""
-    own = [n for n in ("forward", "attend") if getattr(type(layer), n, None) is not getattr(Attention, n)]
+def _plain(layer: nn.Module, *stages: str) -> Attention:
+    """The layer if it is fused attention with the base's own ``stages``; else Skip."""
+    own = [name for name in stages if getattr(type(layer), name, None) is not getattr(Attention, name)]
     if not isinstance(layer, Attention) or not layer.fused or own:
         raise Skip("not plain fused attention; its naive reference is the judge")
     return layer
@@ -192,7 +199,7 @@ def check_softmax_reference(method: Method) -> None:
     """Plain fused attention is softmax(q k / sqrt(head_dim)) v, query by query, of what ``project`` returns."""
     for wishes in ({}, {"causal": True}, {"num_heads": 4, "num_kv_heads": 2}):
         wishes = wishes if method.tags.causal or "causal" not in wishes else {}
-        layer = _plain(build(method, **wishes))
+        layer = _plain(build(method, **wishes), "forward", "attend")
         x, options = sample(method, layer)
         q, k, v = layer.project(x, options.get("context", x))
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -207,7 +214,7 @@ def check_softmax_reference(method: Method) -> None:
 @contract("layer")
 def check_heads_do_not_leak(method: Method) -> None:
     """The keys and values of the last head reach its own query heads and no other."""
-    layer = _plain(build(method, num_heads=4, num_kv_heads=2))
+    layer = _plain(build(method, num_heads=4, num_kv_heads=2), "forward")
     x, options = sample(method, layer)
     q, k, v = layer.project(x, options.get("context", x))
     out = layer.attend(q, k, v, None)

@@ -31,7 +31,9 @@ class ClaimModule(Protocol):
 def claims() -> list[str]:
     """Slugs whose claim can be run."""
     folder = Path(__file__).parent
-    return sorted(p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem not in ("__init__", "claim", "reproduce"))
+    return sorted(
+        p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem not in ("__init__", "claim", "reproduce")
+    )
 
 
 def load(slug: str) -> ClaimModule:
@@ -51,7 +53,9 @@ def code_hash(slug: str) -> str:
 
 def commit() -> str:
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
@@ -63,7 +67,9 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
-def reproduce(slug: str, *, budget: Budget = "cpu", seeds: int | None = None, out: str | Path | None = "results") -> ClaimResult:
+def reproduce(
+    slug: str, *, budget: Budget = "cpu", seeds: int | None = None, out: str | Path | None = "results"
+) -> ClaimResult:
     """Run the claim of paper ``slug`` and store the result as ``OUT/SLUG.json``.
 
     Args:

@@ -198,7 +198,9 @@ class Call:
     def role_mass(self) -> dict[str, Tensor]:
         """(b, h, l) for every role of the site's key tokens."""
         if self.tokens_k is None:
-            raise ValueError(f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)")
+            raise ValueError(
+                f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)"
+            )
         size = self.k.shape[2]
         columns = torch.zeros(size, len(self.tokens_k.segments), device=self.q.device)
         for i, segment in enumerate(self.tokens_k.segments):
@@ -209,7 +211,9 @@ class Call:
     def map(self, role: str = "image", *, rows: Rows | None = None, heads: Any = None) -> Tensor:
         """Weights on the grid of key role ``role``: (b, h, rows, H, W)."""
         if self.tokens_k is None:
-            raise ValueError(f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)")
+            raise ValueError(
+                f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)"
+            )
         weights = self.weights(rows=rows, heads=heads)
         return weights[..., self.tokens_k.span(role)].unflatten(-1, self.tokens_k.grid(role))
 
@@ -219,9 +223,7 @@ class Call:
         l, s = self.q.shape[2], self.k.shape[2]
         # One chunk stays below 1/64 of the matrix (and one row at least).
         chunk = max(1, min(l // 64, (1 << 22) // max(1, self.q.shape[0] * self.q.shape[1] * s)) or 1)
-        parts = [
-            reduce(self._weights(index), index) for index in torch.arange(l, device=self.q.device).split(chunk)
-        ]
+        parts = [reduce(self._weights(index), index) for index in torch.arange(l, device=self.q.device).split(chunk)]
         return torch.stack(parts).sum(0) if total else torch.cat(parts, -2)
 
     # -- verified or refused ----------------------------------------------------------------------------------------

@@ -43,11 +43,11 @@ class Capture(Watch):
         return out
 
     def _saw_compiled(self, name: str, call: Call, out: Tensor) -> Tensor:
-        probe = None
-        if self.grad and out.requires_grad:
-            probe = torch.zeros_like(out, requires_grad=True)
-            out = out + probe
-        self.raw[name] = (call, call.mixed, out, probe)
+        if self.grad:
+            raise ValueError(
+                "grad=True keeps gradients through hooks, which compiled code does not run: capture the eager model"
+            )
+        self.raw[name] = (call, call.mixed, out)
         return out
 
     def _recomputed(self, name: str, out: Tensor) -> None:
@@ -65,10 +65,8 @@ class Capture(Watch):
 
     def _settle(self) -> None:
         """Calls recorded inside compiled code become ordinary ones."""
-        for name, (call, mixed, out, probe) in self.raw.items():
+        for name, (call, mixed, out) in self.raw.items():
             call.mixed, call.out, call.site = mixed, out, name
-            if probe is not None:
-                call.out_grad = probe.grad
             self._calls[name] = [call]
 
     def calls(self, name: str) -> list[Call]:

@@ -177,7 +177,9 @@ class Edit:
                 call.k, call.v = self._rows(k, call.k, call), self._rows(v, call.v, call)
             case "q" | "k" | "v":
                 old = getattr(call, self.quantity)
-                setattr(call, self.quantity, self._blend(_same(self.change(old, call), old, self.quantity, call), old, call))
+                setattr(
+                    call, self.quantity, self._blend(_same(self.change(old, call), old, self.quantity, call), old, call)
+                )
             case "scale_keys":
                 factors = self._toward(self.change(call), 1.0)[:, None]
                 if self.only is not None and call.v.shape[1] != call.q.shape[1]:
@@ -193,7 +195,8 @@ class Edit:
                 else:
                     call.mask = call.mask.masked_fill(~allow, float("-inf"))
             case "bias":
-                added = self.change(call) * self.strength
+                added = self.change(call)
+                added = added[(None,) * (4 - added.ndim)] * self.strength
                 inside = self._inside(call, added.device)
                 added = added if inside is None else added * inside
                 call.bias = added if call.bias is None else call.bias + added

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,17 +12,13 @@ from regard.core.tokens import Tokens
 
 if TYPE_CHECKING:
     from regard.core.call import Call
-    from regard.core.known import Seam
+    from regard.core.swap import Plan
 
 
 class Host:
     """One library: how its sites are met, what their tokens mean, how a layer is put in. The defaults know nothing."""
 
     name = "torch"
-
-    def seam(self, module: nn.Module) -> Seam | None:
-        """How this library's ``module`` calls attention, when that can be told without running it."""
-        return None
 
     def enter(self) -> None:
         """Called when the first watch that meets this library begins; :meth:`leave` when the last one ends."""
@@ -38,12 +34,14 @@ class Host:
         """Kind of the site, where the library knows better than the shapes."""
         return None
 
-    def tokens(self, model: nn.Module, name: str, call: Call) -> tuple[Tokens | None, Tokens | None]:
-        """What the query and key tokens of the call at site ``name`` mean."""
+    def tokens(
+        self, model: nn.Module, name: str, call: Call, sample: tuple[int, ...]
+    ) -> tuple[Tokens | None, Tokens | None]:
+        """What the query and key tokens of the call at site ``name`` mean; ``sample`` is the shape of the model's first input."""
         return None, None
 
-    def replace(self, module: nn.Module, build: Any) -> nn.Module | None:
-        """A module with ``module``'s calling convention around the layer ``build(dim, num_heads, ...)``, weights carried over."""
+    def plan(self, model: nn.Module, name: str) -> Plan | None:
+        """How the module ``name`` is replaced; None when its projections cannot be read."""
         return None
 
 

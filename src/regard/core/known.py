@@ -73,7 +73,9 @@ def names(model: nn.Module, where: str | Sequence[str]) -> list[str]:
         near = difflib.get_close_matches(shown, choices, n=4, cutoff=0.3) or choices[:8]
         kinds_here = sorted({s.kind for s in known.values()})
         extra = f"; kinds here: {', '.join(kinds_here)}" if kinds_here else ""
-        raise ValueError(f"where={shown!r} names no attention site of {type(model).__name__}; nearest: {', '.join(near)}{extra}")
+        raise ValueError(
+            f"where={shown!r} names no attention site of {type(model).__name__}; nearest: {', '.join(near)}{extra}"
+        )
     return found
 
 

@@ -58,7 +58,9 @@ def _sdpa_call(
             return _four(func(*args, **original))
         mask, causal = sdpa_mask(c)
         grouped = enable_gqa or c.q.shape[1] != c.k.shape[1]
-        return func(c.q, c.k, c.v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return func(
+            c.q, c.k, c.v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
 
     out = tap.run(call, native, "function")
     return out if query.ndim == 4 else out.reshape(*query.shape[:-1], out.shape[-1])
@@ -86,11 +88,11 @@ def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if tap.pending is not None and left is tap.pending[0] and plan in ("plain", "values"):
         return _values(tap, func, args, kwargs, right)
     number, tap.products = tap.products, tap.products + 1
-    edits = _qk_edits(tap, number)
+    right_is_k = plan == "scores"
+    edits = _qk_edits(tap, number, left, right if right_is_k else right.transpose(-1, -2)) if tap.editing() else []
     if edits:
-        right_is_k = plan == "scores"
         call = Call(left, right if right_is_k else right.transpose(-1, -2), left, scale=1.0)
-        tap.begin(call)
+        call.site = tap.name
         for e in edits:
             e.before(call)
         swap = {id(left): call.q, id(right): call.k if right_is_k else call.k.transpose(-1, -2)}
@@ -103,9 +105,9 @@ def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return result
 
 
-def _qk_edits(tap: Tap, number: int) -> list[Edit]:
+def _qk_edits(tap: Tap, number: int, q: Tensor, k: Tensor) -> list[Edit]:
     """Edits of q and k for the product ``number`` of a hand-written site; the site must have been seen before."""
-    edits = [e for e in tap.edits() if e.quantity in ("q", "k", "kv")] if tap.watches else []
+    edits = [e for e in tap.begin(Call(q, k, k, scale=1.0)) if e.quantity in ("q", "k", "kv")]
     if not edits:
         return []
     if any(e.quantity == "kv" for e in edits):
@@ -140,7 +142,9 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if not isinstance(scores, Tensor) or scores.ndim < 3 or dim is None:
         return func(*args, **kwargs)
     if dim not in (-1, scores.ndim - 1):
-        tap.softmaxes.append(f"its softmax runs over axis {dim} of {scores.ndim}, not over the keys: a factorised (linear) form")
+        tap.softmaxes.append(
+            f"its softmax runs over axis {dim} of {scores.ndim}, not over the keys: a factorised (linear) form"
+        )
         return func(*args, **kwargs)
     if product is None or product[2].numel() != scores.numel() or product[2].shape[-2:] != scores.shape[-2:]:
         tap.softmaxes.append("its softmax is not over products of queries with keys")
@@ -187,7 +191,7 @@ def _values(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     assert tap.pending is not None
     weights, call = tap.pending
     tap.pending = None
-    edits = tap.edits()
+    edits = tap.edits(call)
     four = call.q.shape
     v4 = v.reshape(four[0], four[1], *v.shape[-2:]) if v.ndim != 4 else v
     call.v = v4

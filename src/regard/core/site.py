@@ -197,7 +197,9 @@ class _Contexts:
 
     def _note(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            streams = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim >= 3]
+            streams = [
+                a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim >= 3
+            ]
             distinct: list[Tensor] = []
             for stream in streams:
                 if not any(stream is d for d in distinct):
@@ -208,13 +210,20 @@ class _Contexts:
 
     def kind(self, name: str, call: Call) -> str:
         l, s, h, d = call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.shape[-1]
-        streams = self.streams.get(name, [])
+        # A mask or a position bias is no stream of tokens.
+        streams = [shape for shape in self.streams.get(name, []) if shape[-2:] != (l, s)]
         if len(streams) >= 2:
             tokens = sorted(shape[1] for shape in streams)
             if l == s and l == sum(tokens):
                 return "joint"
             return "cross" if streams[1][1] == s or streams[1][0] == s else "self"
-        if streams and len(streams[0]) == 3 and streams[0][2] == h * l and l == s and streams[0][1] in (d, call.v.shape[-1]):
+        if (
+            streams
+            and len(streams[0]) == 3
+            and streams[0][2] == h * l
+            and l == s
+            and streams[0][1] in (d, call.v.shape[-1])
+        ):
             return "channel" if streams[0][1] != l else "self"
         return "self" if l == s else "pool"
 

@@ -112,12 +112,15 @@ class Tap(TorchFunctionMode):
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
-    def edits(self) -> list[Edit]:
+    def edits(self, call: Call) -> list[Edit]:
         """Edits that apply to the call now running, in the order of application."""
-        found = [e for w in self.watches for e in w.edits_now()]
+        found = [e for w in self.watches for e in w.edits_now(self.name, call)]
         if len(found) > 1:
             found.sort(key=lambda e: (QUANTITIES.index(e.quantity), e.order or 0))
         return found
+
+    def editing(self) -> bool:
+        return any(w.edits for w in self.watches)
 
     def begin(self, call: Call) -> list[Edit]:
         call.site = self.name
@@ -125,7 +128,7 @@ class Tap(TorchFunctionMode):
             call.step = self.watches[0].step()
             for watch in self.watches:
                 watch.name_tokens(self.name, call)
-        return self.edits()
+        return self.edits(call)
 
     def run(self, call: Call, native: Callable[[Call], Tensor], seam: str) -> Tensor:
         """The call with every edit, recorded by everybody who watches; untouched when nobody edits."""

@@ -46,7 +46,9 @@ class Tokens:
         for part in text.split("+"):
             found = _SEGMENT.match(part)
             if not found:
-                raise ValueError(f"tokens={text!r}: {part.strip()!r} is not a segment such as cls, text[77] or image[14,14]")
+                raise ValueError(
+                    f"tokens={text!r}: {part.strip()!r} is not a segment such as cls, text[77] or image[14,14]"
+                )
             shape = tuple(int(n) for n in found[2].split(",")) if found[2] else (1,)
             segments.append(Segment(found[1], shape))
         roles = [s.role for s in segments]
@@ -118,12 +120,15 @@ def pick(everything: Tensor, rows: Any) -> Tensor:
         return everything[rows : rows + 1] if rows != -1 else everything[-1:]
     if isinstance(rows, slice):
         return everything[rows]
-    index = torch.as_tensor(rows, device=everything.device)
-    if index.dtype == torch.bool and index.shape != everything.shape:
-        raise ValueError(f"a boolean selection must have {len(everything)} entries; got {tuple(index.shape)}")
-    if index.dtype != torch.bool and index.numel() and not bool((index.abs() <= len(everything)).all()):
-        raise ValueError(f"rows {index.tolist()} are outside 0..{len(everything) - 1}")
-    return everything[index]
+    if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+        if rows.shape != everything.shape:
+            raise ValueError(f"a boolean selection must have {len(everything)} entries; got {tuple(rows.shape)}")
+        return everything[rows.to(everything.device)]
+    numbers = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+    size = len(everything)
+    if any(not -size <= n < size for n in numbers):
+        raise ValueError(f"rows {numbers} are outside 0..{size - 1}")
+    return everything[torch.tensor([n % size for n in numbers], dtype=torch.long, device=everything.device)]
 
 
 def tokens(model: Any, *, q: str | None = None, k: str | None = None, where: str = "*") -> None:

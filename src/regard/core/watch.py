@@ -20,7 +20,17 @@ from regard.core.known import Known, Seam, knowledge, names
 from regard.core.step import Step, chosen
 from regard.core.tap import ATTRIBUTE, Tap, in_backward
 
-_PLAIN = (nn.Softmax, nn.Dropout, nn.Identity, nn.Linear, nn.LayerNorm, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Embedding)
+_PLAIN = (
+    nn.Softmax,
+    nn.Dropout,
+    nn.Identity,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+    nn.Embedding,
+)
 _GUESTS: dict[int, int] = {}
 
 
@@ -41,10 +51,12 @@ class Watch:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.where, self.steps = where, steps
         self.all_edits = tuple(edits)
+        self.edits = bool(edits)
         chosen(steps, 0)
         self.hosts: list[Host] = hosts_of(self.model)
         self.exact = bool(knowledge(self.model).sites)
         self.index = -1
+        self.sample: tuple[int, ...] = ()
         self.active = True
         self.seen: set[str] = set()
         wanted = names(self.model, where)
@@ -62,21 +74,24 @@ class Watch:
                 continue
             done.add(id(module))
             self._tap(module, name)
-        self._counter = self.model.register_forward_pre_hook(self._next)
+        self._counter = self.model.register_forward_pre_hook(self._next, with_kwargs=True)
         _GUARDS.begin()
 
     # -- what a tap asks --------------------------------------------------------------------------------------------
 
-    def edits_now(self) -> tuple[Edit, ...]:
+    def edits_now(self, name: str, call: Call) -> Sequence[Edit]:
+        """Edits for the call of site ``name`` that runs now."""
         if not self.all_edits:
             return ()
         if self.steps is not None:
             if torch.compiler.is_compiling():
-                raise ValueError("steps= counts calls of the model, which a compiled graph does not: edit without steps=")
+                raise ValueError(
+                    "steps= counts calls of the model, which a compiled graph does not: edit without steps="
+                )
             if not chosen(self.steps, max(self.index, 0)):
                 return ()
         branch = self.branch()
-        return tuple(e for e in self.all_edits if e.applies(branch))
+        return [e for e in self.all_edits if e.applies(branch)]
 
     def branch(self) -> str | None:
         for host in self.hosts:
@@ -100,7 +115,7 @@ class Watch:
         q, k = knowledge(self.model).tokens(name, kind, call.q.shape[2], call.k.shape[2])
         if q is None or k is None:
             for host in self.hosts:
-                theirs = host.tokens(self.model, name, call)
+                theirs = host.tokens(self.model, name, call, self.sample)
                 q, k = q or theirs[0], k or theirs[1]
         call.tokens_q = call.tokens_q or q
         call.tokens_k = call.tokens_k or k
@@ -127,9 +142,16 @@ class Watch:
         tap.watches.append(self)
         self.taps.append(tap)
 
-    def _next(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and not in_backward():
+    def _next(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or in_backward():
+            return
+        if self.branch() in (None, "cond"):
             self.index += 1
+        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        self.sample = tuple(inputs[0].shape) if inputs else ()
+
+    # The count is kept in Python: a compiler that meets this hook must leave it alone.
+    _next._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def undo(self) -> None:
         """Take everything away again; a second call does nothing."""
@@ -204,7 +226,7 @@ class _Guards(threading.local):
 
     def end(self) -> None:
         self.watches -= 1
-        compiled = _compiled_frames() > self.frames
+        compiled = _compiled_frames() != self.frames
         bare = self.mode is None
         self._renew()
         self.ended += compiled
@@ -230,5 +252,6 @@ def _pass(self: Any, func: Callable[..., Any], types: Any, args: Any = (), kwarg
 
 
 def _compiled_frames() -> int:
-    frames = sys.modules.get("torch._dynamo.convert_frame")
-    return int(getattr(frames, "FRAME_COUNTER", 0)) if frames else 0
+    """How often anything was compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0

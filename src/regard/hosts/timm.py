@@ -1,4 +1,95 @@
+"""timm: sites are met at the fused kernel or at the hand-written pattern; here is what their tokens mean."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from regard.core.call import Call
 from regard.core.host import HOSTS, Host
+from regard.core.swap import Plan, Projection, Projections
+from regard.core.tokens import Segment, Tokens
+
+
 class Timm(Host):
-    name="timm"
-HOSTS["timm"]=Timm()
+    """Class and register tokens first, then the patches row by row; windowed sites see one window each."""
+
+    name = "timm"
+
+    def tokens(
+        self, model: nn.Module, name: str, call: Call, sample: tuple[int, ...]
+    ) -> tuple[Tokens | None, Tokens | None]:
+        layout = _layout(model, sample)
+        window = _window(model.get_submodule(name))
+        found = []
+        for size in (call.q.shape[2], call.k.shape[2]):
+            if layout is not None and layout.size == size:
+                found.append(layout)
+            elif window is not None and prod(window) == size:
+                found.append(Tokens((Segment("window", window),)))
+            else:
+                found.append(None)
+        return found[0], found[1]
+
+    def plan(self, model: nn.Module, name: str) -> Plan | None:
+        module = model.get_submodule(name)
+        qkv, proj, heads = (getattr(module, n, None) for n in ("qkv", "proj", "num_heads"))
+        if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or heads is None:
+            return None
+        if qkv.out_features != 3 * qkv.in_features or proj.in_features != qkv.in_features:
+            return None
+        q, k, v = _split(qkv, 3)
+        out = _split(proj, 1)[0]
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        grid = _window(module)
+        if grid is None and hasattr(model, "patch_embed"):
+            grid = getattr(model.patch_embed, "grid_size", None)
+        projections = Projections(qkv.in_features, heads, heads, q, k, v, out)
+        return Plan(projections, lambda layer: _Slot(layer, None if prefix else grid), grid, prefix)
+
+
+def _layout(model: nn.Module, sample: tuple[int, ...]) -> Tokens | None:
+    embed = getattr(model, "patch_embed", None)
+    if embed is None or not hasattr(embed, "patch_size") or len(sample) != 4:
+        return None
+    patch = embed.patch_size if isinstance(embed.patch_size, tuple) else (embed.patch_size,) * 2
+    grid = tuple(-(-n // p) for n, p in zip(sample[-2:], patch, strict=True))
+    registers = getattr(model, "num_reg_tokens", 0)
+    classes = getattr(model, "num_prefix_tokens", 0) - registers
+    segments = [Segment("cls", (classes,))] if classes else []
+    if registers:
+        segments.append(Segment("register", (registers,)))
+    return Tokens((*segments, Segment("image", grid)))
+
+
+def _window(module: nn.Module) -> tuple[int, ...] | None:
+    window = getattr(module, "window_size", None)
+    if isinstance(window, int):
+        return (window, window)
+    return tuple(window) if isinstance(window, tuple | list) and len(window) == 2 else None
+
+
+class _Slot(nn.Module):
+    """A layer called as timm calls its attention, with the grid that its tokens have."""
+
+    def __init__(self, layer: nn.Module, grid: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.layer, self.grid = layer, grid
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if is_causal:
+            raise ValueError("is_causal=True reached a layer that was put in as a bidirectional one")
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask > torch.finfo(attn_mask.dtype).min / 2
+        given = {} if self.grid is None else {"grid": self.grid}
+        return self.layer(x, **given) if attn_mask is None else self.layer(x, mask=attn_mask, **given)
+
+
+def _split(linear: nn.Linear, parts: int) -> list[Projection]:
+    biases = [None] * parts if linear.bias is None else list(linear.bias.detach().chunk(parts))
+    return list(zip(linear.weight.detach().chunk(parts), biases, strict=True))
+
+
+HOSTS["timm"] = Timm()

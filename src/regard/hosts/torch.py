@@ -7,7 +7,6 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
 
 from regard.core.host import HOSTS, Host
 from regard.core.tap import SEAMS, Tap
@@ -35,9 +34,6 @@ class Torch(Host):
     """torch and torchvision: shapes say what a site is."""
 
     name = "torch"
-
-    def kind(self, model: nn.Module, name: str, call: Any) -> str | None:
-        return None
 
 
 HOSTS["torch"] = HOSTS["torchvision"] = Torch()

@@ -79,20 +79,24 @@ BASELINES: dict[str, Mixer] = {"attention": _attention, "convolution": _convolut
 
 
 def find(name: str) -> registry.Method:
-    """The record of the layer called ``name``: a registry name, or ``module:Class`` for anybody's own class.
+    """The record of the layer called ``name``: a registry name, or ``module:Class`` for anybody's own.
+
+    A class without a record is taken to be called with tokens (b, n, c). After the colon may also stand the name under
+    which the module registers a layer.
 
     Raises:
         ValueError: no such name (with the nearest), not a layer, or nothing called so in the module.
     """
-    if ":" in name:
-        module, attribute = name.split(":", 1)
+    module, colon, own = name.rpartition(":")
+    if colon:
         try:
-            target = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            target = getattr(importlib.import_module(module), own, None)
+        except ImportError as error:
             raise ValueError(f"layer {name!r} cannot be imported: {error}") from error
-        return getattr(target, "method", None) or registry.Method(name, "layer", name, target, Tags(), {})
+        if target is not None:
+            return registry.Method(name, "layer", name, target, Tags(), {})
     try:
-        method = registry.get(name)
+        method = registry.get(own)
     except ValueError:
         known = sorted({*BASELINES, *(slug for slug, (_, kind) in registry.modules().items() if kind == "layer")})
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)

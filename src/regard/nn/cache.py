@@ -25,7 +25,9 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         if min(batch, kv_heads, capacity, k_dim) < 1:
-            raise ValueError(f"batch, kv_heads, capacity, k_dim must be positive; got {(batch, kv_heads, capacity, k_dim)}")
+            raise ValueError(
+                f"batch, kv_heads, capacity, k_dim must be positive; got {(batch, kv_heads, capacity, k_dim)}"
+            )
         self.k = torch.zeros(batch, kv_heads, capacity, k_dim, dtype=dtype, device=device)
         self.v = torch.zeros(batch, kv_heads, capacity, k_dim if v_dim is None else v_dim, dtype=dtype, device=device)
         self.length = 0

@@ -7,7 +7,7 @@ output, in the weights and in every gradient.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ Backend = Literal["reference", "sdpa", "flex"]
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Queries per key head; ValueError when q, k and v cannot be attended."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v must be (b, heads, tokens, dim); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(
+            f"q, k, v must be (b, heads, tokens, dim); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     h, g = q.shape[1], k.shape[1]
     if v.shape[1] != g or v.shape[2] != k.shape[2]:
         raise ValueError(f"k has {g} heads and {k.shape[2]} tokens but v has {v.shape[1]} and {v.shape[2]}")
@@ -98,6 +100,23 @@ def reference(
     return mix(F.dropout(weights, dropout) if dropout else weights, v)
 
 
+def _one_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """One query per head: the query heads of a key head become its rows, so that no kernel widens or re-reads the keys."""
+    (b, h, _, d), (_, g, s, e) = q.shape, v.shape
+    mask, bias = (x if x is None else x.expand(b, h, 1, s).reshape(b, g, h // g, s) for x in (mask, bias))
+    rows = q.reshape(b, g, h // g, d)
+    return _sdpa(rows, k, v, mask=mask, bias=bias, causal=False, scale=scale, dropout=dropout).reshape(b, h, 1, e)
+
+
 def _sdpa(
     q: Tensor,
     k: Tensor,
@@ -110,6 +129,8 @@ def _sdpa(
     dropout: float,
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1:
+        return _one_query(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout)
     square = q.shape[2] == k.shape[2]
     if causal and (mask is not None or bias is not None or not square):
         mask, causal = merge_masks(mask, causal_mask(q.shape[2], k.shape[2], q.device)), False
@@ -149,6 +170,7 @@ def _flex(
     allowed = None if mask is None else mask.expand(full)
     added = None if bias is None else bias.expand(full)
 
+    @no_type_check  # Flex attention traces it.
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if added is not None:
             score = score + added[b, h, i, j]

@@ -133,8 +133,8 @@ def linear_attend_causal(
     steps = decay[:, None].expand(1, -1, l) if decay.ndim == 1 else decay
     carried = q.new_zeros(b, h, d, columns) if state is None else state.to(q.dtype)
     outs = []
-    for qc, kc, vc, dc in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2), steps.split(chunk, 2)):
-        kc, vc = widen(kc, groups), widen(vc, groups)
+    for at in (slice(i, i + chunk) for i in range(0, l, chunk)):
+        qc, kc, vc, dc = q[:, :, at], widen(k[:, :, at], groups), widen(v[:, :, at], groups), steps[..., at]
         left, since = _ratios(dc), dc.cumprod(-1)
         outs.append((qc @ kc.transpose(-1, -2) * left) @ vc + since[..., None] * (qc @ carried))
         carried = since[..., -1, None, None] * carried + (kc * left[..., -1, :, None]).transpose(-1, -2) @ vc

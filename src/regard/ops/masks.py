@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import and_, or_
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,32 +24,16 @@ Device = torch.device | str | None
 
 def both(*masks: Mask) -> Mask:
     """True where every one of ``masks`` is."""
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        allowed = masks[0](b, h, q, kv)
-        for other in masks[1:]:
-            allowed = allowed & other(b, h, q, kv)
-        return allowed
-
-    return _composed("both", masks, mask)
+    if not masks:
+        raise ValueError("both() needs at least one mask; got none")
+    return lambda b, h, q, kv: reduce(and_, [m(b, h, q, kv) for m in masks])
 
 
 def either(*masks: Mask) -> Mask:
     """True where at least one of ``masks`` is."""
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        allowed = masks[0](b, h, q, kv)
-        for other in masks[1:]:
-            allowed = allowed | other(b, h, q, kv)
-        return allowed
-
-    return _composed("either", masks, mask)
-
-
-def _composed(name: str, masks: Sequence[Mask], mask: Mask) -> Mask:
     if not masks:
-        raise ValueError(f"{name}() needs at least one mask; got none")
-    return mask
+        raise ValueError("either() needs at least one mask; got none")
+    return lambda b, h, q, kv: reduce(or_, [m(b, h, q, kv) for m in masks])
 
 
 def inverse(mask: Mask) -> Mask:
@@ -65,12 +52,11 @@ def window(left: int | Int[Tensor, "h"], right: int | Int[Tensor, "h"]) -> Mask:
         if (reach.min() if isinstance(reach, Tensor) else reach) < 0:
             raise ValueError(f"{name}={reach} must not be negative")
 
-    def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        before = left[h] if isinstance(left, Tensor) else left
-        after = right[h] if isinstance(right, Tensor) else right
-        return (kv >= q - before) & (kv <= q + after)
+    def of_head(reach: int | Tensor) -> Callable[[Tensor], int | Tensor]:
+        return (lambda h: reach[h]) if isinstance(reach, Tensor) else (lambda h: reach)
 
-    return mask
+    before, after = of_head(left), of_head(right)
+    return lambda b, h, q, kv: (kv >= q - before(h)) & (kv <= q + after(h))
 
 
 def dilated(window: int, step: int) -> Mask:
@@ -125,12 +111,13 @@ def neighborhood(grid: Sequence[int], kernel_size: int | Sequence[int], dilation
     kernels, dilations = _per_axis("kernel_size", kernel_size, grid), _per_axis("dilation", dilation, grid)
 
     def along(axis: int, k: int, step: int) -> Mask:
-        length = grid[axis]
+        length, stride = grid[axis], math.prod(grid[axis + 1 :])
         if k * step > length:
             raise ValueError(f"kernel_size={k} with dilation={step} does not fit an axis of {length} tokens")
 
+        @no_type_check  # Flex attention traces it.
         def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            i, j = _coordinate(q, grid, axis), _coordinate(kv, grid, axis)
+            i, j = q // stride % length, kv // stride % length
             members = (length - i % step + step - 1) // step
             start = torch.minimum((i // step - k // 2).clamp(min=0), members - k)
             return (i % step == j % step) & (j // step >= start) & (j // step < start + k)
@@ -152,9 +139,8 @@ def grid_window(grid: Sequence[int], size: int | Sequence[int], shift: int | Seq
         raise ValueError(f"shift={shift} must be at least 0 and below size={sizes} on each axis")
 
     def along(axis: int, n: int, t: int) -> Mask:
-        return lambda b, h, q, kv: (
-            (_coordinate(q, grid, axis) + n - t) // n == (_coordinate(kv, grid, axis) + n - t) // n
-        )
+        length, stride = grid[axis], math.prod(grid[axis + 1 :])
+        return lambda b, h, q, kv: (q // stride % length + n - t) // n == (kv // stride % length + n - t) // n
 
     return both(*(along(axis, n, t) for axis, (n, t) in enumerate(zip(sizes, shifts))))
 
@@ -171,11 +157,6 @@ def _per_axis(name: str, value: int | Sequence[int], grid: Sequence[int]) -> tup
     for one in values:
         _positive(name, one)
     return values
-
-
-def _coordinate(index: Tensor, grid: Sequence[int], axis: int) -> Tensor:
-    """One coordinate of a row-major index."""
-    return index // math.prod(grid[axis + 1 :]) % grid[axis]
 
 
 def evaluate(mask: Mask, b: int, h: int, rows: range, s: int, device: Device) -> Tensor:
@@ -195,7 +176,9 @@ def dense(mask: Mask, b: int, h: int, l: int, s: int, device: Device = None) -> 
 
 def block_mask(mask: Mask, b: int, h: int, l: int, s: int, device: Device = "cpu", block_size: int = 128) -> BlockMask:
     """The mask for flex attention; ``b`` or ``h`` of 1 is shared by all sequences or heads."""
-    return create_block_mask(mask, b, h, l, s, device=device or "cpu", BLOCK_SIZE=block_size)
+    # Flex attention reads the signature of what it is given, which decorated or callable objects may hide.
+    plain = lambda b, h, q, kv: mask(b, h, q, kv)  # noqa: E731
+    return create_block_mask(plain, b, h, l, s, device=device or "cpu", BLOCK_SIZE=block_size)
 
 
 def count(mask: Mask, b: int, h: int, l: int, s: int, *, device: Device = None, rows: int = 64) -> int:

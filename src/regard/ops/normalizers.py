@@ -54,7 +54,7 @@ def sparsemax(scores: Scores, mask: Mask = None) -> Scores:
     size = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
     kept = (1.0 + size * ordered > ordered.cumsum(-1)).sum(-1, keepdim=True)
     support = _support(kept, order, mask)
-    members = support.sum(-1, keepdim=True).clamp(min=1)
+    members = support.sum(-1, keepdim=True).clamp(min=1).to(z.dtype)
     inside = z.masked_fill(~support, 0.0)
     mean = inside.sum(-1, keepdim=True) / members
     return ((inside - mean) + 1.0 / members).masked_fill(~support, 0.0).clamp(min=0.0).to(scores.dtype)
@@ -75,7 +75,7 @@ def entmax15(scores: Scores, mask: Mask = None) -> Scores:
     scatter = ordered.square().cumsum(-1) - size * mean.square()
     taus = mean - ((1.0 - scatter) / size).clamp(min=0.0).sqrt()
     support = _support((taus <= ordered).sum(-1, keepdim=True), order, mask)
-    members = support.sum(-1, keepdim=True).clamp(min=1)
+    members = support.sum(-1, keepdim=True).clamp(min=1).to(z.dtype)
     inside = z.masked_fill(~support, 0.0)
     centred = (inside - inside.sum(-1, keepdim=True) / members).masked_fill(~support, 0.0)
     room = (1.0 - centred.square().sum(-1, keepdim=True)) / members
@@ -109,9 +109,8 @@ def entmax_alpha(scores: Scores, mask: Mask = None, alpha: float | Tensor = 1.5)
         if mask is not None:
             support = support & mask
         shift = low + z - floored
-        slope = (
-            ((floored - low).clamp(min=0.0).pow(power - 1.0) * power).masked_fill(~support, 0.0).sum(-1, keepdim=True)
-        )
+        slopes = power * (floored - low).clamp(min=0.0).pow(power - 1.0)
+        slope = slopes.masked_fill(~support, 0.0).sum(-1, keepdim=True)
     above = (z - shift).masked_fill(~support, 1.0)
     excess = above.pow(power).masked_fill(~support, 0.0).sum(-1, keepdim=True) - 1.0
     step = excess / slope.masked_fill(slope == 0.0, 1.0)

@@ -159,7 +159,7 @@ def axial_sincos(positions: Shaped[Tensor, "*n a"], dim: int, base: float = 1000
 
 
 def fourier_features(
-    positions: Float[Tensor, "*n a"], bands: int, max_freq: float | Sequence[float]
+    positions: Float[Tensor, "*n a"], bands: int, max_freq: int | float | Sequence[int | float]
 ) -> Float[Tensor, "*n c"]:
     r"""The coordinates, then :math:`\sin(\pi f_k x)`, then :math:`\cos(\pi f_k x)`: a (2 bands + 1) features.
 

@@ -44,9 +44,10 @@ def _check_table(
         )
     if index.shape[2] != u:
         raise ValueError(f"index has {index.shape[2]} rows but {l} queries in blocks of {query_block} make {u}")
-    used = index[valid]
-    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= n):
-        raise ValueError(f"index must name blocks 0..{n - 1}; got {int(used.min())}..{int(used.max())}")
+    if not torch.compiler.is_compiling():
+        used = index[valid]
+        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < n:
+            raise ValueError(f"index must name blocks 0..{n - 1}; got {int(used.min())}..{int(used.max())}")
     return u, n
 
 
@@ -90,16 +91,21 @@ def _recompute(function: Callable[..., Any], again: bool) -> Callable[..., Any]:
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False) if again else function
 
 
-def _tiles(unit: Tensor, block: Tensor, blocks: int, width: int) -> tuple[Tensor, Tensor]:
-    """Pairs in tiles of up to ``width`` of one key block: pair number (t, width), -1 where unused, and block (t,)."""
-    order = block.argsort(stable=True)
-    count = block.bincount(minlength=blocks)
-    tiles = -(-count // width)
-    rank = torch.arange(len(block), device=block.device) - (count.cumsum(0) - count)[block[order]]
-    tile = (tiles.cumsum(0) - tiles)[block[order]] + rank // width
-    pair = unit.new_full((int(tiles.sum()), width), -1)
-    pair[tile, rank % width] = order
-    return pair, torch.arange(blocks, device=block.device).repeat_interleave(tiles)
+def _tiles(key_block: Int[Tensor, "p"], blocks: int, width: int) -> tuple[Int[Tensor, "t w"], Int[Tensor, "t"]]:
+    """Pairs in tiles of up to ``width`` of one key block: pair numbers, -1 where unused, and the block of each tile.
+
+    A pair of block ``blocks`` goes nowhere. While compiling, the number of tiles is its upper bound.
+    """
+    order = key_block.argsort(stable=True)
+    start = torch.searchsorted(key_block[order], torch.arange(blocks + 1, device=order.device))
+    tiles = -(-start.diff() // width)
+    end = tiles.cumsum(0)
+    total = len(order) // width + blocks if torch.compiler.is_compiling() else int(tiles.sum())
+    tile = torch.arange(total, device=order.device)
+    block = torch.searchsorted(end, tile, right=True).clamp(max=blocks - 1)
+    at = start[block] + (tile - (end - tiles)[block]) * width
+    at = at[:, None] + torch.arange(width, device=order.device)
+    return torch.where(at < start[block + 1][:, None], order[at.clamp(max=len(order) - 1)], -1), block
 
 
 def _part(
@@ -114,11 +120,13 @@ def _part(
     """Attention of the units of each tile over the tile's key block, and its log-sum-exp."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q[unit].flatten(1, 2).to(wide) * scale) @ k[block].to(wide).transpose(-1, -2)
-    out = softmax(scores, allowed) @ v[block].to(wide)
-    some = allowed.any(-1)
-    lse = scores.masked_fill(~allowed, float("-inf")).masked_fill(~some[..., None], 0.0).logsumexp(-1)
-    lse = lse.masked_fill(~some, float("-inf"))
-    return out.unflatten(1, unit.shape[1:] + q.shape[1:2]), lse.unflatten(1, unit.shape[1:] + q.shape[1:2])
+    some = allowed.any(-1, keepdim=True)
+    # A row with no key here gets finite scores, so that its gradient is zero and not NaN.
+    scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~some, 0.0)
+    out = (scores.softmax(-1) @ v[block].to(wide)).masked_fill(~some, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
+    shape = unit.shape[1:] + q.shape[1:2]
+    return out.unflatten(1, shape), lse.unflatten(1, shape)
 
 
 def block_sparse(
@@ -162,22 +170,20 @@ def block_sparse(
         F.pad(x, (0, 0, 0, n * block_size - s)).unflatten(2, (n, block_size)).flatten(0, 2) for x in (k, v)
     )
 
+    # A pair is a query block and a slot of its row: with slots sorted, a block that comes again follows itself.
+    slots, blocks = index.shape[-1], b * g * n
     index = index.masked_fill(~valid, n).sort(-1).values
-    valid = (index < n) & F.pad(index[..., 1:] != index[..., :-1], (1, 0), value=True)
-    slots = index.shape[-1]
-    slot_of_pair = valid.expand(b, h, u, slots).flatten().nonzero()[:, 0]
-    if len(slot_of_pair) == 0:
-        return q.new_zeros(b, h, l, e) + 0.0 * (q.sum() + k.sum() + v.sum())
-    unit_of_pair = slot_of_pair // slots
-    key_head = unit_of_pair // (h * u) * g + unit_of_pair // u % h // groups
-    block_of_pair = key_head * n + index.expand(b, h, u, slots).flatten()[slot_of_pair]
-    width = max(1, min(ROWS // r, len(slot_of_pair) // max(1, b * g * n)))
-    pair, block = _tiles(unit_of_pair, block_of_pair, b * g * n, width)
+    used = (index < n) & F.pad(index[..., 1:] != index[..., :-1], (1, 0), value=True)
+    key_head = torch.arange(b, device=q.device)[:, None] * g + torch.arange(h, device=q.device) // groups
+    key_block = torch.where(used, key_head[..., None, None] * n + index, blocks).flatten()
+    width = max(1, min(ROWS // r, len(key_block) // max(1, blocks)))
+    pair, block = _tiles(key_block, blocks, width)
 
     outs, lses = [], []
     pieces = torch.arange(len(block), device=q.device).split(max(1, CHUNK // (block_size * (width * r + d + e))))
+    part = _recompute(_part, len(pieces) > 1)
     for at in pieces:
-        unit = unit_of_pair[pair[at]]
+        unit = pair[at].clamp(min=0) // slots
         row = (unit[..., None] % u * r + torch.arange(r, device=q.device)).flatten(1)[..., None]
         key = (block[at, None] % n * block_size + torch.arange(block_size, device=q.device))[:, None]
         allowed = (row < l) & (key < s)
@@ -186,18 +192,17 @@ def block_sparse(
         if mask is not None:
             head = (unit // u).repeat_interleave(r, 1)[..., None]
             allowed = allowed & mask[head // h, head % h, row.clamp(max=l - 1), key.clamp(max=s - 1)]
-        part = _recompute(_part, len(pieces) > 1)
         out, lse = part(q_units, k_blocks, v_blocks, unit, block[at], allowed, scale)
-        used = pair[at] >= 0
-        outs.append(out[used])
-        lses.append(lse[used])
+        outs.append(out.flatten(0, 1))
+        lses.append(lse.flatten(0, 1))
 
-    # Each pair's part goes to its slot; slots that were not used stay empty.
-    place = slot_of_pair[pair[pair >= 0]]
-    parts = outs[0].new_zeros(b * h * u * slots, r, e).index_copy(0, place, torch.cat(outs))
-    lse = lses[0].new_full((b * h * u * slots, r), float("-inf")).index_copy(0, place, torch.cat(lses))
-    lse = lse.unflatten(0, (-1, slots)).transpose(1, 2)
-    merged = torch.einsum("urk,ukre->ure", softmax(lse, lse > float("-inf")), parts.unflatten(0, (-1, slots)))
+    # The part of every pair goes to its slot, those of unused pairs to a last one; slots that got none stay empty.
+    place = torch.where(pair < 0, len(key_block), pair).flatten()
+    parts = outs[0].new_zeros(len(key_block) + 1, r, e).index_copy(0, place, torch.cat(outs))[:-1]
+    lse = lses[0].new_full((len(key_block) + 1, r), float("-inf")).index_copy(0, place, torch.cat(lses))[:-1]
+    lse = lse.view(b * h * u, slots, r).transpose(1, 2)
+    shares = softmax(lse, lse > float("-inf"))
+    merged = torch.einsum("urk,ukre->ure", shares, parts.view(b * h * u, slots, r, e))
     return merged.reshape(b, h, u * r, e)[:, :, :l].to(q.dtype)
 
 

@@ -25,7 +25,7 @@ from regard.ops.rows import by_rows, single
 def mass(
     q: Float[Tensor, "b h l d"],
     k: Float[Tensor, "b g s d"],
-    roles: Shaped[Tensor, "s r"] | Shaped[Tensor, "b s r"],
+    roles: Shaped[Tensor, "... r"],
     **attend_kwargs: Any,
 ) -> Float[Tensor, "b h l r"]:
     r"""How much of its attention each query gives to each role, :math:`\sum_j A_{ij} R_{jr}`.
@@ -35,10 +35,10 @@ def mass(
         attend_kwargs: mask, bias, causal, scale and backend of :func:`~regard.ops.attend.attend`.
     """
     b, g, s, d = k.shape
-    if roles.shape[-2] != s or (roles.ndim == 3 and len(roles) != b):
+    if roles.shape[:-1] not in ((s,), (b, s)):
         raise ValueError(f"roles must be (s, r) or (b, s, r) with b={b}, s={s}; got {tuple(roles.shape)}")
     q, k = single(q), single(k)
-    values = roles.to(q.dtype) if roles.ndim == 3 else roles.to(q.dtype).expand(b, -1, -1)
+    values = roles.to(q.dtype).expand(b, -1, -1)
     # Fused kernels want values as wide as the keys.
     parts = [F.pad(part, (0, d - part.shape[-1]))[:, None].expand(b, g, s, d) for part in values.split(d, -1)]
     return torch.cat([attend(q, k, part, **attend_kwargs) for part in parts], -1)[..., : roles.shape[-1]]
@@ -47,7 +47,7 @@ def mass(
 def position(
     q: Float[Tensor, "b h l d"],
     k: Float[Tensor, "b g s d"],
-    positions: Shaped[Tensor, "s p"] | Shaped[Tensor, "b s p"],
+    positions: Shaped[Tensor, "... p"],
     **attend_kwargs: Any,
 ) -> Float[Tensor, "b h l p"]:
     r"""Where each query looks on average, :math:`\sum_j A_{ij} p_j`, for keys at ``positions``."""
@@ -57,15 +57,19 @@ def position(
 def received(
     q: Float[Tensor, "b h l d"],
     k: Float[Tensor, "b g s d"],
-    query_weights: Float[Tensor, "l"] | Float[Tensor, "b h l"] | None = None,
+    query_weights: Float[Tensor, "..."] | None = None,
     **rows_kwargs: Any,
 ) -> Float[Tensor, "b h s"]:
     r"""How much attention each key gets, :math:`\sum_i w_i A_{ij}`, per query head.
 
     Args:
-        query_weights: w, shared or per sequence and head; default 1.
+        query_weights: w, (l,) or (b, h, l); default 1.
         rows_kwargs: mask, bias, causal, scale and chunk.
     """
+    if query_weights is not None and query_weights.shape not in (q.shape[:3], q.shape[2:3]):
+        raise ValueError(
+            f"query_weights must be {(q.shape[2],)} or {tuple(q.shape[:3])}; got {tuple(query_weights.shape)}"
+        )
 
     def part(scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
         weights = softmax(scores, mask)
@@ -82,11 +86,14 @@ def received(
 def distance(
     q: Float[Tensor, "b h l d"],
     k: Float[Tensor, "b g s d"],
-    query_positions: Shaped[Tensor, "l p"],
-    key_positions: Shaped[Tensor, "s p"],
+    query_positions: Shaped[Tensor, "_ p"],
+    key_positions: Shaped[Tensor, "_ p"],
     **rows_kwargs: Any,
 ) -> Float[Tensor, "b h l"]:
     r"""How far each query looks on average, :math:`\sum_j A_{ij} \lVert p_i - p_j \rVert`."""
+    wanted, got = (q.shape[2], k.shape[2]), (len(query_positions), len(key_positions))
+    if wanted != got:
+        raise ValueError(f"query_positions and key_positions must have {wanted} rows; got {got}")
     here, there = (p.to(single(q[:0]).dtype) for p in (query_positions, key_positions))
 
     def part(scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:

@@ -1,0 +1,169 @@
+"""CBAM lowers the error of a residual network, and its spatial map lies on the object.
+
+Set-up: 32x32 images of one shape out of six, in a random colour, size and place, on textured clutter that holds a few stray
+strokes; 2,400 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), fourteen epochs of Adam
+with one cycle; the gate stands on every residual branch before the addition. Compared: no gate, the channel gate alone, CBAM.
+
+Bar, with three seeds: the error of CBAM is at least one point below that of the plain network, and not above that of the
+channel gate alone. The spatial map (mean over the blocks, brought to image size) separates object from background
+pixels with an area under the curve of at least 0.7, where chance is 0.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.claims.claim import Budget, Row, mean_row
+from regard.layers.cnn.cbam import CBAM, ChannelGate
+
+SEEDS = 3
+Gate = Callable[[int], nn.Module]
+
+
+class Block(nn.Module):
+    """Two convolutions, the gate on their branch, and the shortcut."""
+
+    def __init__(self, before: int, dim: int, stride: int, gate: Gate) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(before, dim, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(dim),
+            gate(dim),
+        )
+        short = nn.Sequential(nn.Conv2d(before, dim, 1, stride, bias=False), nn.BatchNorm2d(dim))
+        self.shortcut = nn.Identity() if before == dim and stride == 1 else short
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.branch(x) + self.shortcut(x))
+
+
+def resnet(gate: Gate, num_classes: int, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Sequential:
+    stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+    blocks = [Block(widths[max(i - 1, 0)], w, 1 if i == 0 else 2, gate) for i, w in enumerate(widths)]
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+def clutter(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Coloured noise of a coarse and a fine grain."""
+    coarse = torch.randn(count, 3, size // 4, size // 4, generator=generator)
+    fine = torch.randn(count, 3, size, size, generator=generator)
+    return F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) + 0.5 * fine
+
+
+def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, classes and exact object masks."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+
+    axis = torch.linspace(-1, 1, size)
+    radius, angle = uniform(0.28, 0.5), uniform(0, 2 * math.pi)
+    dx, dy = axis[None, None, :] - uniform(-0.5, 0.5), axis[None, :, None] - uniform(-0.5, 0.5)
+    u, v = (dx * angle.cos() + dy * angle.sin()) / radius, (dy * angle.cos() - dx * angle.sin()) / radius
+    r, a, b = (u.square() + v.square()).sqrt(), u.abs(), v.abs()
+    kinds = torch.stack(
+        [
+            r < 0.9,
+            torch.maximum(a, b) < 0.8,
+            (v > -0.6) & (v < 1.2 - 1.8 * a),
+            (torch.maximum(a, b) < 1) & (torch.minimum(a, b) < 0.35),
+            (r < 1) & (r > 0.55),
+            (a < 1) & (b < 0.85) & (b > 0.3),
+        ],
+        1,
+    )
+    label = torch.randint(kinds.shape[1], (count,), generator=generator)
+    mask = kinds[torch.arange(count), label]
+    images = clutter(count, size, generator)
+    for _ in range(3):
+        along, across = (dx - uniform(-1, 1)).abs(), (dy - uniform(-1, 1)).abs()
+        turn = torch.rand(count, 1, 1, generator=generator) < 0.5
+        stroke = torch.where(turn, (along < 0.35) & (across < 0.07), (across < 0.35) & (along < 0.07))
+        images = torch.where(stroke[:, None], 2 * torch.randn(count, 3, 1, 1, generator=generator), images)
+    colour = F.normalize(torch.randn(count, 3, 1, 1, generator=generator), dim=1) * 2
+    images = torch.where(mask[:, None], colour + 0.5 * torch.randn(images.shape, generator=generator), images)
+    return images, label, mask
+
+
+def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> None:
+    """Adam with one cycle of the rate."""
+    steps = math.ceil(len(images) / 64)
+    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3, weight_decay=1e-4)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=epochs * steps)
+    model.train()
+    for _ in range(epochs):
+        for index in torch.randperm(len(images), generator=generator).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(model(images[index]), labels[index]).backward()
+            optimiser.step()
+            rate.step()
+    model.eval()
+
+
+@torch.no_grad()
+def error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Per cent of images classified wrongly."""
+    said = torch.cat([model(part).argmax(1) for part in images.split(256)])
+    return 100 * (said != labels).double().mean().item()
+
+
+def area_under_curve(scores: Tensor, positive: Tensor) -> float:
+    """Probability that a positive pixel scores above another, by ranks."""
+    order = scores.flatten().argsort()
+    ranks = torch.empty(len(order), dtype=torch.float64)
+    ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    inside = positive.flatten()
+    p, n = int(inside.sum()), int((~inside).sum())
+    return float((ranks[inside].sum() - p * (p + 1) / 2) / (p * n))
+
+
+@torch.no_grad()
+def spatial_map(model: nn.Module, images: Tensor) -> Tensor:
+    """The spatial gates of all blocks at image size, averaged."""
+    maps: list[Tensor] = []
+
+    def keep(module: CBAM, args: tuple[Tensor]) -> None:
+        gate = module.spatial.gate(module.channel(args[0]))
+        maps.append(F.interpolate(gate, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0])
+
+    hooks = [m.register_forward_pre_hook(keep) for m in model.modules() if isinstance(m, CBAM)]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps).mean(0)
+
+
+def run(budget: Budget, seeds: int) -> list[Row]:
+    count, tested, epochs = (128, 64, 1) if budget == "smoke" else (2400, 2000, 14)
+    gates: dict[str, Gate] = {"plain": lambda dim: nn.Identity(), "channel": lambda dim: ChannelGate(dim), "cbam": CBAM}
+    errors: dict[str, list[float]] = {name: [] for name in gates}
+    areas = []
+    for seed in range(seeds):
+        world = torch.Generator().manual_seed(1000 + seed)
+        images, labels, _ = shapes(count, 32, world)
+        test, truth, masks = shapes(tested, 32, world)
+        for name, gate in gates.items():
+            torch.manual_seed(seed)
+            model = resnet(gate, 6)
+            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed))
+            errors[name].append(error(model, test, truth))
+        found = spatial_map(model, test[:256])
+        areas.append(sum(area_under_curve(m, mask) for m, mask in zip(found, masks)) / len(found))
+    mean = {name: sum(values) / len(values) for name, values in errors.items()}
+    return [
+        mean_row(
+            "error of CBAM, %", errors["cbam"], mean["plain"] - 1, "<=", baseline=mean["plain"], note="plain network"
+        ),
+        mean_row(
+            "error of CBAM against the channel gate, %", errors["cbam"], mean["channel"], "<=", baseline=mean["channel"]
+        ),
+        mean_row("area under the curve of the spatial map", areas, 0.7, ">=", baseline=0.5),
+    ]

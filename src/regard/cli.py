@@ -1,0 +1,131 @@
+"""The command line: one command for each verb."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from regard.catalog.papers import Paper
+
+app = typer.Typer(help="One PyTorch toolkit for attention.", no_args_is_help=True, add_completion=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.callback()
+def _regard() -> None:
+    """One PyTorch toolkit for attention."""
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """A ValueError is what the user typed: one line on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"regard: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _read_facets(pairs: list[str]) -> dict[str, list[Any]]:
+    """``["axis=token", "causal_ok=true"]`` as filters; the same name twice means either value."""
+    facets: dict[str, list[Any]] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--facet {pair!r} must be name=value, for example distribution=relu")
+        facets.setdefault(name, []).append({"true": True, "false": False}.get(value, value))
+    return facets
+
+
+@app.command()
+def papers(
+    text: Annotated[str | None, typer.Argument(help="Part of a title or slug.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="layer, model, explainer, ...; again for either.")] = None,
+    domain: Annotated[list[str] | None, typer.Option(help="vision, diffusion, vlm, ...; again for either.")] = None,
+    year: Annotated[list[int] | None, typer.Option(help="Again for either.")] = None,
+    facet: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Such as distribution=relu.")] = None,
+    built: Annotated[bool | None, typer.Option("--built/--not-built", help="With code here, or without.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the catalogue. In a pipe: slug, year, kind, domain, built or empty, title; one line each, split by tabs."""
+    import sys
+
+    from regard.catalog import papers as catalogue
+
+    given = {"kind": kind, "domain": domain, "year": year}
+    with _bad_input():
+        filters = {name: value for name, value in given.items() if value} | _read_facets(facet or [])
+        found = catalogue.papers(text, built=built, **filters)
+    if as_json:
+        _print_json([paper.as_dict() for paper in found])
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(found.table())
+    else:
+        for p in found:
+            typer.echo(f"{p.slug}\t{p.year}\t{p.kind}\t{p.domain}\t{'built' if p.built else ''}\t{p.title}")
+
+
+def _describe(paper: Paper, nearest: list[Paper]) -> Iterator[str]:
+    from dataclasses import asdict
+
+    yield f"{paper.slug}: {paper.title}"
+    facts = {
+        "authors": ", ".join(paper.authors),
+        "year": str(paper.year),
+        "arXiv": paper.arxiv,
+        "kind": paper.kind,
+        "domain": paper.domain,
+        "official code": paper.official,
+        "builds on": ", ".join(paper.depends_on),
+        "code": paper.module or "not built yet",
+    }
+    for name, value in facts.items():
+        if value:
+            yield f"  {name:<16} {value}"
+    yield "facets"
+    for name, value in asdict(paper.facets).items():
+        shown = ", ".join(value) if isinstance(value, tuple) else {True: "yes", False: "no"}.get(value, value)
+        if shown:
+            yield f"  {name:<16} {shown}"
+    yield "nearest by facets"
+    width = max(len(other.slug) for other in nearest)
+    for other in nearest:
+        yield f"  {other.slug:<{width}} {other.title}"
+
+
+@app.command()
+def show(slug: str, as_json: Json = False) -> None:
+    """Show one paper: bibliography, code, facets, and the papers that do most alike."""
+    from regard.catalog.papers import get, neighbours
+
+    with _bad_input():
+        paper = get(slug)
+    nearest = neighbours(paper.slug)
+    if as_json:
+        _print_json({**paper.as_dict(), "neighbours": [other.slug for other in nearest]})
+    else:
+        typer.echo("\n".join(_describe(paper, nearest)))
+
+
+@app.command()
+def cite(slugs: Annotated[list[str], typer.Argument(metavar="SLUG...")]) -> None:
+    """Print BibTeX entries."""
+    from regard.catalog.cite import bibtex
+    from regard.catalog.papers import get
+
+    with _bad_input():
+        found = [get(slug) for slug in slugs]
+    typer.echo("\n\n".join(map(bibtex, found)))

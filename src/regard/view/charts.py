@@ -1,0 +1,180 @@
+"""The charts of a comparison's report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from regard.bench.cost import Scaling
+from regard.view.comparison import Comparison, Row
+from regard.view.svg import Chart, linear, log_ticks, logarithmic, number, place_labels, png, spread, text_width, ticks
+
+SHAPES = {"baseline": "circle", "vision": "square", "cnn": "triangle", "sequence": "diamond", "sparse": "cross"}
+# Dark to light in even steps of lightness, readable with every kind of colour vision.
+RAMP = ((0, 20, 60), (20, 52, 110), (72, 84, 118), (118, 116, 122), (160, 150, 112), (206, 188, 92), (252, 234, 84))
+
+
+def shape(family: str) -> str:
+    return SHAPES.get(family, "cross")
+
+
+def _bounds(values: Sequence[float], pad: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = pad * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def pareto(comparison: Comparison, width: float) -> Chart:
+    """Accuracy against the time of a forward pass: seeds as dots, the mean as a mark, the front as a line."""
+    rows = comparison.measured()
+    height = 430.0 if width > 500 else 420.0
+    box = (46.0, 34.0, width - 12, height - 48)
+    times = [row.cost.forward.median for row in rows if row.cost]
+    low, high = min(times) / 1.15, max(times) * (1.6 if width > 500 else 1.9)
+    values = [100 * a for row in rows for a in row.accuracies]
+    bottom, top = _bounds(values, 0.08)
+    x, y = logarithmic(low, high, box[0], box[2]), linear(bottom, top, box[3], box[1])
+    batch = min(comparison.info["settings"]["batch_size"], comparison.info["data"]["train"])
+    chart = Chart(width, height, "Accuracy against time of a forward pass")
+    chart.axes(
+        box,
+        (x, log_ticks(low, high, 8 if width > 500 else 5), f"forward pass of {batch} images, ms (logarithmic)"),
+        (y, ticks(bottom, top), "accuracy on test images, %"),
+    )
+    front = comparison.front()
+    steps = sorted(
+        (x(row.cost.forward.median), y(100 * row.accuracy)) for row in rows if row.cost and row.layer in front
+    )
+    stairs = [point for (x0, y0), (x1, _) in zip(steps, steps[1:]) for point in ((x0, y0), (x1, y0))]
+    chart.line(
+        [*stairs, steps[-1], (box[2], steps[-1][1])], "front", "no layer is both faster and more accurate than these"
+    )
+    points, dots = [], []
+    for row in rows:
+        assert row.cost is not None
+        time, tone = row.cost.forward, f"f-{row.family}"
+        at = x(time.median)
+        dots += [(at, y(100 * a)) for a in row.accuracies]
+        chart.line([(at, y(100 * min(row.accuracies))), (at, y(100 * max(row.accuracies)))], f"whisker {tone}")
+        for seed, accuracy in enumerate(row.accuracies):
+            chart.mark(
+                at, y(100 * accuracy), 2.2, "circle", f"dot {tone}", f"{row.layer}, seed {seed}: {100 * accuracy:.1f} %"
+            )
+        tip = f"{row.layer}: {100 * row.accuracy:.1f} % at {time.median:.2f} ms (half of the rounds in {time.low:.2f} to {time.high:.2f})"
+        kind = f"mark {tone}" + " best" * (row.layer in front)
+        chart.mark(at, y(100 * row.accuracy), 5.5, shape(row.family), kind, tip)
+        points.append((at, y(100 * row.accuracy)))
+    labels = [row.layer for row in rows]
+    for row, label, (left, base) in zip(rows, labels, place_labels(points, labels, (*box[:3], box[3] - 2), dots)):
+        chart.text(left, base, label, f"label t-{row.family}" + " strong" * (row.layer in front))
+    return chart
+
+
+def growth(rows: Sequence[Row], what: str, width: float) -> Chart:
+    """Time or memory of the layer alone against the number of tokens, both logarithmic, with fitted exponents at the line's end."""
+    wide = width > 500
+    series = [(row, row.scaling, _values(row.scaling, what)) for row in rows if row.scaling]
+    series = [(row, s, values) for row, s, values in series if len(values) > 1 and min(values) > 0]
+    ends = []
+    for row, found, _ in series:
+        fit = found.time_fit if what == "time" else found.memory_fit
+        ends.append(row.layer if fit is None else f"{row.layer} {fit.exponent:.2f} ± {fit.error:.2f}")
+    room = max(text_width(end, 11) for end in ends) + 6
+    height = max(300.0, 15.0 * len(series) + 90) if wide else max(330.0, 15.0 * len(series) + 120)
+    box = (46.0, 34.0, width - room, height - 48)
+    tokens = [n for _, found, _ in series for n in found.tokens]
+    values = [value for *_, numbers in series for value in numbers]
+    low, high = min(values) / 1.2, max(values) * 1.2
+    x, y = logarithmic(min(tokens), max(tokens), box[0] + 6, box[2] - 6), logarithmic(low, high, box[3], box[1])
+    chart = Chart(width, height, f"{what} against number of tokens")
+    sizes = sorted(set(tokens))
+    chart.axes(
+        box,
+        (x, sizes if wide else sizes[::2], "tokens (logarithmic)"),
+        (y, log_ticks(low, high), "forward pass, ms" if what == "time" else "peak memory, MB"),
+    )
+    last = [y(numbers[-1]) for *_, numbers in series]
+    for (row, found, numbers), end, at, label_y in zip(series, ends, last, spread(last, 14.0, box[1], box[3])):
+        tone = f"f-{row.family}"
+        points = [(x(n), y(value)) for n, value in zip(found.tokens, numbers)]
+        chart.line(points, f"curve {tone}", end)
+        for n, value, (px, py) in zip(found.tokens, numbers, points):
+            unit = "ms" if what == "time" else "MB"
+            chart.mark(px, py, 2.6, shape(row.family), f"mark {tone}", f"{row.layer}: {value:.3g} {unit} at {n} tokens")
+        chart.line([(points[-1][0] + 4, at), (box[2] + 2, label_y), (box[2] + 4, label_y)], "lead")
+        chart.text(box[2] + 7, label_y + 4, end, f"label small t-{row.family}")
+    return chart
+
+
+def _values(found: Scaling, what: str) -> list[float]:
+    return [t.median for t in found.time] if what == "time" else [m / 1e6 for m in found.memory]
+
+
+def curve(rows: Sequence[Row], own: Row) -> Chart:
+    """Test accuracy of one layer after each epoch, mean and range over seeds, before the means of the others."""
+    width, height = 240.0, 168.0
+    box = (34.0, 12.0, width - 8, height - 24)
+    curves = {row.layer: list(zip(*(run["accuracy"] for run in row.runs))) for row in rows}
+    # The first epochs of all layers lie far below the rest and would flatten what matters.
+    tail = [100 * a for points in curves.values() for epoch in points[max(0, len(points) // 3 - 1) :] for a in epoch]
+    bottom, top = _bounds(tail, 0.06)
+    epochs = max(len(points) for points in curves.values())
+    x, y = linear(1, max(2, epochs), box[0] + 4, box[2] - 4), linear(bottom, top, box[3], box[1])
+    chart = Chart(width, height, f"learning curve of {own.layer}")
+    for value in ticks(bottom, top, 4):
+        chart.line([(box[0], y(value)), (box[2], y(value))], "grid")
+        chart.text(box[0] - 5, y(value) + 4, number(value), "tick", "end")
+    for value in (v for v in ticks(1, max(2, epochs), 4) if v == int(v)):
+        chart.text(x(value), box[3] + 16, number(value), "tick", "middle")
+
+    def inside(value: float) -> float:
+        return min(box[3], y(100 * value))
+
+    for name, points in curves.items():
+        if name != own.layer:
+            chart.line([(x(e), inside(sum(p) / len(p))) for e, p in enumerate(points, 1)], "ghost", name)
+    mine = curves[own.layer]
+    upper = [(x(e), inside(max(p))) for e, p in enumerate(mine, 1)]
+    lower = [(x(e), inside(min(p))) for e, p in enumerate(mine, 1)]
+    chart.area(upper, lower, f"band f-{own.family}")
+    means = [sum(p) / len(p) for p in mine]
+    chart.line([(x(e), inside(m)) for e, m in enumerate(means, 1)], f"curve thick f-{own.family}")
+    for e, m in enumerate(means, 1):
+        tip = f"{own.layer}, epoch {e}: {100 * m:.1f} %, seeds from {100 * min(mine[e - 1]):.1f} to {100 * max(mine[e - 1]):.1f}"
+        chart.mark(x(e), inside(m), 3.0, "circle", f"mark f-{own.family}", tip)
+    return chart
+
+
+def strip(row: Row, low: float, high: float) -> Chart:
+    """The accuracies of one layer's seeds on a line, its mean as a bar; for a table cell."""
+    chart = Chart(84, 14, f"accuracy of the seeds of {row.layer}")
+    x = linear(low, high, 4, 80)
+    chart.line([(4, 7), (80, 7)], "grid")
+    for seed, accuracy in enumerate(row.accuracies):
+        chart.mark(x(accuracy), 7, 2.6, "circle", f"dot f-{row.family}", f"seed {seed}: {100 * accuracy:.1f} %")
+    chart.line([(x(row.accuracy), 2), (x(row.accuracy), 12)], f"mean f-{row.family}")
+    return chart
+
+
+def ramp(share: float) -> tuple[int, int, int]:
+    """Colour of ``share`` in [0, 1]."""
+    place = max(0.0, min(1.0, share)) * (len(RAMP) - 1)
+    i = min(int(place), len(RAMP) - 2)
+    a, b = RAMP[i], RAMP[i + 1]
+    red, green, blue = (round(a[c] + (place - i) * (b[c] - a[c])) for c in range(3))
+    return red, green, blue
+
+
+def heat(values: Sequence[float], grid: tuple[int, int], top: float) -> str:
+    """A map over ``grid``, coloured from 0 to ``top``, as a data address."""
+    h, w = grid
+    return png([[ramp(values[i * w + j] / top) for j in range(w)] for i in range(h)])
+
+
+def picture(pixels: Sequence[Sequence[Sequence[int]]]) -> str:
+    """An image (c, h, w) with one or three channels as a data address, stretched to its own brightest value."""
+    most = max(value for channel in pixels for row in channel for value in row) or 1
+    scale = 255 / most if most < 64 else 1.0
+    red, green, blue = pixels if len(pixels) == 3 else [pixels[0]] * 3
+    rows = [list(zip(*lines)) for lines in zip(red, green, blue)]
+    return png([[tuple(min(255, math.floor(v * scale)) for v in colour) for colour in row] for row in rows])  # type: ignore[misc]

@@ -1,0 +1,304 @@
+"""Which attention should I use, for my data, on my machine? Train each in the same network and measure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from regard.models import slot
+from regard.train.files import write_whole
+from regard.train.loop import Recipe
+from regard.train.pool import Call, Event, cores, run_calls
+from regard.train.run import Run, finished, source, trained
+from regard.view.comparison import Comparison, Row, read_cost, read_scaling
+from regard.view.maps import received
+from regard.worlds.digits import digits, small_digits
+from regard.worlds.folders import Folder
+from regard.worlds.images import Images, pack
+
+LAYERS = (
+    *slot.BASELINES,
+    "flatten",
+    "nat",
+    "hilo",
+    "biformer",
+    "maxvit",
+    "cbam",
+    "triplet-attention",
+    "multi-query-attention",
+    "rela",
+    "selective-self-attention",
+)
+SIDES = (7, 14, 20, 28, 40, 56)
+
+
+class _Bars(AbstractContextManager["_Bars"]):
+    """Progress on the terminal: one bar for all training, one for measuring."""
+
+    def __init__(self, show: bool, epochs: int) -> None:
+        columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), disable=not show)
+        self.training = self.progress.add_task("training", total=epochs)
+        self.measuring = self.progress.add_task("measuring", total=None, start=False)
+
+    def __enter__(self) -> _Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def trained(self, epochs: int, text: str = "training") -> None:
+        self.progress.update(self.training, advance=epochs, description=text)
+
+    def measured(self, facts: dict[str, int]) -> None:
+        self.progress.update(self.measuring, completed=facts["done"], total=facts["of"])
+
+    def measure(self) -> None:
+        self.progress.update(self.training, description="training")
+        self.progress.start_task(self.measuring)
+
+
+def _open(data: str | Path, size: int) -> tuple[str, Images, Images, list[tuple[str, str]]]:
+    if data in ("digits", "small-digits"):
+        load = digits if data == "digits" else small_digits
+        return str(data), load("train"), load("test"), []
+    folder = Folder(data, size)
+    return folder.root.resolve().name, *folder.split(), folder.skipped
+
+
+def _names(layers: Sequence[str | type] | None) -> list[str]:
+    names = []
+    for layer in LAYERS if layers is None else layers:
+        if isinstance(layer, type):
+            if layer.__module__ == "__main__":
+                raise ValueError(
+                    f"{layer.__name__} is defined in the script itself; put it into a module, so that workers find it"
+                )
+            layer = f"{layer.__module__}:{layer.__qualname__}"
+        slot.mixer(layer)
+        names.append(layer)
+    if not names:
+        raise ValueError("layers is empty; give at least one")
+    return list(dict.fromkeys(names))
+
+
+def _family(name: str) -> str:
+    if name in slot.BASELINES:
+        return "baseline"
+    parts = slot.find(name).target.__module__.split(".")
+    return parts[2] if parts[:2] == ["regard", "layers"] else "own"
+
+
+def _probe(run: Run, images: Images) -> str:
+    """Why the layer cannot stand in the slot, or nothing."""
+    try:
+        x, _ = images.batch(torch.arange(2))
+        run.network(images)(x).sum().backward()
+    except Exception as error:  # anything a layer raises here is the reason that the table gives
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _machine() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    versions = {
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return {"processor": name, "cores": cores(), "memory": memory, **versions}
+
+
+def _costs(runs: list[Run], data: str, folder: Path, resume: bool, sides: Sequence[int], bars: _Bars) -> dict[str, Any]:
+    """Cost and scaling by layer; a layer whose measuring kills the process takes the others' figures with it."""
+    arguments = {"runs": [asdict(run) for run in runs], "data": data, "sides": list(sides), "rounds": 7, "budget": 4.0}
+    digest = hashlib.sha256("".join([*(run.key for run in runs), *map(str, sides)]).encode()).hexdigest()[:12]
+    file = folder / f"cost-{digest}.json"
+    if resume and file.exists():
+        return json.loads(file.read_text())
+    bars.measure()
+    with closing(run_calls([Call("cost", "regard.view.measure:costs", arguments)], 1)) as events:
+        for event in events:
+            if event.kind == "progress":
+                bars.measured(event.facts)
+            elif event.kind == "failed":
+                return {"failed": event.facts["reason"]}
+    write_whole(file, json.dumps(event.facts["result"]))
+    return event.facts["result"]
+
+
+def compare(
+    layers: Sequence[str | type] | None = None,
+    data: str | Path = "digits",
+    *,
+    seeds: int = 2,
+    epochs: int | None = None,
+    out: str | Path = "compare",
+    resume: bool = False,
+    size: int = 64,
+    dim: int = 32,
+    num_heads: int = 2,
+    depth: tuple[int, ...] = (1, 2),
+    patch: int | None = None,
+    batch_size: int = 50,
+    lr: float = 3e-3,
+    sides: Sequence[int] = SIDES,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train each layer in one identical network on one data set, from several seeds, and measure what it costs.
+
+    Runs are spread over worker processes of one thread each; every finished run is kept in ``out``/runs, every epoch of an
+    unfinished one too. Afterwards costs are measured, alone and interleaved. The table, ``compare.json`` and the
+    self-contained ``report.html`` end up in ``out``. Images of the test split are only measured on, never chosen by: the
+    figure of a run is that of its last epoch.
+
+    Args:
+        layers: names of layers, ``module:Class``, or classes of your own that can be imported; default: about a dozen.
+        data: ``digits``, ``small-digits``, or a folder of images whose sub-folders are the classes.
+        seeds: how many; they decide initial values and order, alike for all layers.
+        epochs: default: such that about 24,000 images are seen, at least 3 and at most 60.
+        out: the folder to write into.
+        resume: go on in ``out``: runs with the same settings, data and code are not repeated.
+        size: pixels of the side to which images of a folder are brought.
+        dim: channels at the first resolution of the network, see :class:`regard.models.slot.SlotNetwork`.
+        num_heads: heads there.
+        depth: blocks at each resolution.
+        patch: pixels between tokens; default: such that the first grid is about eight tokens wide.
+        batch_size: images a step.
+        lr: peak learning rate.
+        sides: of the grids on which growth with the number of tokens is measured.
+        workers: processes; default: one a core.
+        progress: show bars on standard error.
+
+    Returns:
+        The comparison, already saved.
+
+    Raises:
+        ValueError: unknown layers, data that cannot be used, settings that do not fit.
+        OSError: results could not be written; nothing is half written.
+        KeyboardInterrupt: says how many runs are kept.
+    """
+    started = time.time()
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds} must be positive")
+    names = _names(layers)
+    title, train, test, skipped = _open(data, size)
+    c, *shape = train.shape
+    if patch is None:
+        patch = max(1, round(min(shape) / 8))
+    if epochs is None:
+        epochs = min(60, max(3, round(24_000 / len(train))))
+    recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr)
+    slot.SlotNetwork(
+        slot.BASELINES["identity"], 2, (shape[0], shape[1]), dim=dim, num_heads=num_heads, depth=depth, patch=patch
+    )
+
+    folder = Path(out) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = pack(train, test)
+    digest, file = hashlib.sha256(packed).hexdigest()[:12], str((Path(out) / "data.safetensors").resolve())
+    write_whole(file, packed)
+
+    rows = {name: Row(name, _family(name)) for name in names}
+    runs: dict[str, Run] = {}
+    for name in names:
+        for seed in range(seeds):
+            run = Run(name, seed, digest, source(name), dim, num_heads, tuple(depth), patch, recipe)
+            if seed == 0 and (reason := _probe(run, train)):
+                rows[name].status, rows[name].reason = "not applicable", reason
+                break
+            runs[run.key] = run
+    results = {key: found for key, run in runs.items() if resume and (found := finished(run, folder))}
+    calls = []
+    for key in [key for key in runs if key not in results]:
+        if not resume:
+            (folder / f"{key}.part.safetensors").unlink(missing_ok=True)
+        arguments = {"run": asdict(runs[key]), "data": file, "folder": str(folder.resolve())}
+        calls.append(Call(key, "regard.train.run:train", arguments))
+    failures: list[dict[str, str]] = []
+
+    def take(event: Event, bars: _Bars) -> None:
+        if event.kind == "progress":
+            bars.trained(1, f"{runs[event.key].layer} {100 * event.facts['accuracy']:.1f} %")
+        elif event.kind == "done":
+            results[event.key] = event.facts["result"]
+        else:
+            run = runs[event.key]
+            failures.append({"layer": run.layer, "seed": str(run.seed), **event.facts})
+
+    try:
+        with _Bars(progress, len(runs) * epochs) as bars:
+            bars.trained(len(results) * epochs)
+            with closing(run_calls(calls, workers or cores())) as events:
+                for event in events:
+                    take(event, bars)
+            for key, run in runs.items():
+                if key in results:
+                    rows[run.layer].runs.append(results[key])
+            for failure in failures:
+                row = rows[failure["layer"]]
+                if not row.runs:
+                    row.status, row.reason = "failed", failure["reason"]
+            firsts = list({run.layer: run for key, run in reversed(runs.items()) if key in results}.values())[::-1]
+            measured = _costs(firsts, file, folder, resume, sides, bars) if firsts else {}
+    except KeyboardInterrupt:
+        kept = f"{len(results)} of {len(runs)} runs are finished and kept in {folder}"
+        raise KeyboardInterrupt(f"{kept}; the same call with resume goes on from there") from None
+    if "failed" in measured:
+        failures.append({"layer": "measuring", "seed": "", "reason": measured["failed"], "traceback": ""})
+    for name, found in measured.items():
+        if name in rows:
+            rows[name].cost, rows[name].scaling = read_cost(found["cost"]), read_scaling(found["scaling"])
+
+    shown = torch.stack([(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()[:6]])
+    maps = [received(run.layer, trained(run, train, folder), test.batch(shown)[0]) for run in firsts]
+    counts = test.labels.bincount(minlength=len(test.classes))
+    info = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "seconds": time.time() - started,
+        "reused": len(runs) - len(calls),
+        "out": str(out),
+        "machine": _machine(),
+        "data": {
+            "name": title,
+            "classes": list(train.classes),
+            "train": len(train),
+            "test": len(test),
+            "image": [c, *shape],
+            "largest": counts.max().item() / len(test),
+            "skipped": skipped,
+        },
+        "settings": {
+            "seeds": seeds,
+            "dim": dim,
+            "num_heads": num_heads,
+            "depth": list(depth),
+            "patch": patch,
+            **asdict(recipe),
+            "workers": workers or cores(),
+        },
+    }
+    comparison = Comparison(info, list(rows.values()), test.pixels[shown].tolist(), [m for m in maps if m], failures)
+    comparison.save()
+    return comparison

@@ -1,0 +1,252 @@
+"""The outcome of a comparison: figures, what follows from them, and how they are kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from regard.bench.cost import Cost, Flops, Power, Scaling, Timing
+from regard.train.files import write_whole
+from regard.view.maps import Map
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass
+class Row:
+    """One layer: its finished runs, its cost, or the ``reason`` why there is none (``status`` says which kind of reason)."""
+
+    layer: str
+    family: str
+    status: str = "done"
+    reason: str = ""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    cost: Cost | None = None
+    scaling: Scaling | None = None
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Share of test images classified rightly after the last epoch, one a seed."""
+        return [run["accuracy"][-1] for run in self.runs]
+
+    @property
+    def accuracy(self) -> float:
+        return fmean(self.accuracies) if self.runs else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Sample deviation of the accuracy over seeds; NaN with one seed."""
+        return stdev(self.accuracies) if len(self.runs) > 1 else math.nan
+
+
+def gap(best: Row, other: Row) -> tuple[float, float]:
+    """By how much ``other`` is less accurate than ``best``, and the standard error of that.
+
+    Both saw the same test images, so the difference is taken image by image; the error is that of the mean over images,
+    with the spread over seeds added in squares.
+    """
+    right = [
+        [fmean(map(int, column)) for column in zip(*(run["correct"] for run in row.runs))] for row in (best, other)
+    ]
+    differences = [a - b for a, b in zip(*right)]
+    variance = stdev(differences) ** 2 / len(differences) if len(differences) > 1 else 0.0
+    for row in (best, other):
+        if len(row.runs) > 1:
+            variance += row.deviation**2 / len(row.runs)
+    return fmean(differences), math.sqrt(variance)
+
+
+@dataclass
+class Comparison:
+    """Rows, one a layer, and what was run on what (``info``); ``maps`` show where layers look in the images ``samples``."""
+
+    info: dict[str, Any]
+    rows: list[Row]
+    samples: list[Any] = field(default_factory=list)
+    maps: list[Map] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def ranked(self) -> list[Row]:
+        """Rows with results, most accurate first."""
+        return sorted((row for row in self.rows if row.runs), key=lambda row: -row.accuracy)
+
+    def measured(self) -> list[Row]:
+        """Ranked rows that have a cost too."""
+        return [row for row in self.ranked() if row.cost is not None]
+
+    def tied(self) -> list[Row]:
+        """The most accurate row and those within two standard errors of it."""
+        ranked = self.ranked()
+        close = []
+        for row in ranked[1:]:
+            difference, error = gap(ranked[0], row)
+            if difference <= 2 * error:
+                close.append(row)
+        return ranked[:1] + close
+
+    def choice(self) -> Row | None:
+        """The fastest of the most accurate: what the figures speak for."""
+        tied = [row for row in self.tied() if row.cost is not None]
+        return min(tied, key=lambda row: row.cost.forward.median) if tied else None  # type: ignore[union-attr]
+
+    def front(self) -> set[str]:
+        """Layers than which no other is both faster and at least as accurate."""
+        names, fastest = set(), math.inf
+        for row in self.measured():
+            assert row.cost is not None
+            if row.cost.forward.median < fastest:
+                fastest = row.cost.forward.median
+                names.add(row.layer)
+        return names
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One flat record a layer, most accurate first, those without results last; missing figures are None."""
+        ranked = self.ranked()
+        records = []
+        for row in ranked + [row for row in self.rows if not row.runs]:
+            cost, fit = row.cost, row.scaling.time_fit if row.scaling else None
+            difference, error = gap(ranked[0], row) if row.runs else (None, None)
+            records.append(
+                {
+                    "layer": row.layer,
+                    "status": row.status,
+                    "accuracy": row.accuracy if row.runs else None,
+                    "deviation": None if math.isnan(row.deviation) else row.deviation,
+                    "accuracies": row.accuracies,
+                    "behind": difference,
+                    "behind_error": error,
+                    "parameters": cost and cost.parameters,
+                    "flops": cost and cost.flops.total,
+                    "forward_ms": cost and cost.forward.median,
+                    "step_ms": cost and cost.step.median,
+                    "step_bytes": cost and cost.step_memory,
+                    "exponent": fit and fit.exponent,
+                    "exponent_error": fit and fit.error,
+                    "reason": row.reason,
+                }
+            )
+        return records
+
+    def table(self) -> Table:
+        """The summary for a terminal."""
+        from rich.table import Table
+
+        table = Table(title=self.title, caption=self.advice())
+        table.add_column("layer", no_wrap=True)
+        for name in ("accuracy %", "behind", "params k", "MFLOP", "forward ms", "step ms", "memory MB", "time ~"):
+            table.add_column(name, justify="right", no_wrap=True)
+        choice, front = self.choice(), self.front()
+        for row, record in zip(self.ranked(), self.summary()):
+            cells = [format_percent(row.accuracy, row.deviation)]
+            cells.append(
+                "" if row is self.ranked()[0] else f"{100 * record['behind']:.1f} ± {100 * record['behind_error']:.1f}"
+            )
+            if row.cost is not None:
+                cost = row.cost
+                cells += [f"{cost.parameters / 1e3:.1f}", f"{cost.flops.total / 1e6:.2f}"]
+                cells += [f"{cost.forward.median:.2f}", f"{cost.step.median:.1f}", f"{cost.step_memory / 1e6:.1f}"]
+                cells.append("" if record["exponent"] is None else f"n^{record['exponent']:.2f}")
+            mark = "* " if row.layer in front else "  "
+            table.add_row(mark + row.layer, *cells, style="bold" if row is choice else None)
+        for row in self.rows:
+            if not row.runs:
+                table.add_row("  " + row.layer, row.status, style="dim")
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    @property
+    def title(self) -> str:
+        data, settings = self.info["data"], self.info["settings"]
+        return f"{data['name']}: {data['train']} images to learn from, {data['test']} to test on, {settings['seeds']} seeds"
+
+    def advice(self) -> str:
+        """What the figures speak for, in words."""
+        best, choice = next(iter(self.ranked()), None), self.choice()
+        if best is None:
+            return "No layer finished a run."
+        top = f"{best.layer} is the most accurate ({100 * best.accuracy:.1f} %)"
+        if choice is None:
+            return f"{top}. Nothing was measured."
+        assert choice.cost is not None
+        others = len(self.tied()) - 1
+        if choice is best:
+            rest = (
+                f"also the fastest of the {others + 1} that cannot be told apart from it"
+                if others
+                else "ahead of all others"
+            )
+            return f"Use {best.layer}: it is the most accurate ({100 * best.accuracy:.1f} %) and {rest}."
+        behind, error = gap(best, choice)
+        assert best.cost is not None
+        ratio = best.cost.forward.median / choice.cost.forward.median
+        return (
+            f"Use {choice.layer}: {top}, but {choice.layer} ({100 * choice.accuracy:.1f} %) cannot be told apart from it "
+            f"({100 * behind:.1f} ± {100 * error:.1f} points behind) and is {ratio:.1f} times as fast."
+        )
+
+    def save(self, out: str | Path | None = None) -> Path:
+        """Write ``table.csv``, ``compare.json`` and ``report.html`` into ``out``; returns the report's path.
+
+        Args:
+            out: a folder; default the one it was run in.
+
+        Raises:
+            OSError: a file could not be written; what was there before is still whole.
+        """
+        from regard.view.report import html
+
+        folder = Path(self.info["out"] if out is None else out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "table.csv", self.csv())
+        write_whole(folder / "compare.json", json.dumps(asdict(self), indent=1, allow_nan=False))
+        write_whole(folder / "report.html", html(self))
+        return folder / "report.html"
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        records = [{**record, "accuracies": " ".join(map(str, record["accuracies"]))} for record in self.summary()]
+        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return text.getvalue()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """A comparison that was saved in ``folder``."""
+        facts = json.loads((Path(folder) / "compare.json").read_text())
+        rows = [
+            Row(**{**row, "cost": read_cost(row["cost"]), "scaling": read_scaling(row["scaling"])})
+            for row in facts["rows"]
+        ]
+        maps = [Map(m["layer"], tuple(m["grid"]), m["received"]) for m in facts["maps"]]
+        return cls(facts["info"], rows, facts["samples"], maps, facts["failures"])
+
+
+def format_percent(mean: float, deviation: float) -> str:
+    return f"{100 * mean:.1f}" if math.isnan(deviation) else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+
+
+def read_cost(facts: dict[str, Any] | None) -> Cost | None:
+    """A :class:`Cost` from what ``asdict`` made of it."""
+    if facts is None:
+        return None
+    timings = {key: Timing(**facts[key]) for key in ("forward", "step")}
+    return Cost(**{**facts, **timings, "flops": Flops(**facts["flops"])})
+
+
+def read_scaling(facts: dict[str, Any] | None) -> Scaling | None:
+    """A :class:`Scaling` from what ``asdict`` made of it."""
+    if facts is None:
+        return None
+    fits = {key: facts[key] and Power(**facts[key]) for key in ("time_fit", "memory_fit")}
+    left_out = [(n, reason) for n, reason in facts["left_out"]]
+    return Scaling(**{**facts, **fits, "time": [Timing(**t) for t in facts["time"]], "left_out": left_out})

@@ -1,0 +1,247 @@
+"""Contracts of objectives, studies and explainers, each on a healthy stand-in and on broken ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regard
+from regard.checks.contract import CHECKS
+from regard.nn import Attention
+
+
+class Loss(nn.Module):
+    """Squared distance after a learned scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def toy(self, seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.randn(2, 5, 3, generator=generator)
+        return ({"x": draw[0].clone().requires_grad_(), "y": draw[1]},)
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": batch["x"] + 0.1, "y": batch["y"]}
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return ((self.scale * batch["x"] - batch["y"]) ** 2).mean()
+
+
+class NotScalar(Loss):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["x"] - batch["y"]) ** 2
+
+
+class InfiniteLoss(Loss):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (0.0 * batch["x"]).sum().log() + self.scale.sum()
+
+
+class Flat(Loss):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().forward(batch).detach() + 0.0 * batch["x"].sum()
+
+
+class WrongWay(Loss):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = super().forward(batch)
+        return 2 * loss.detach() - loss
+
+
+class DropsInBoth(Loss):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().forward({**batch, "x": nn.functional.dropout(batch["x"])})
+
+
+class WritesToBatch(Loss):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = super().forward(batch)
+        batch["y"].zero_()
+        return loss
+
+
+class PreparesInPlace(Loss):
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch["y"].add_(1.0)
+        return batch
+
+
+class Study:
+    claims: ClassVar[dict[str, Any]] = {"deeper is larger": lambda table: table[1]["loss"] > table[0]["loss"]}
+
+    def run(self, scale: str) -> list[dict[str, Any]]:
+        assert scale == "toy"
+        return [{"layer": "a", "depth": 1, "loss": 0.5}, {"layer": "b", "depth": 2, "loss": 0.7}]
+
+
+class Untyped(Study):
+    def run(self, scale: str) -> list[dict[str, Any]]:
+        return [{"loss": 0.5}, {"loss": "0.7"}]
+
+
+class Ragged(Study):
+    def run(self, scale: str) -> list[dict[str, Any]]:
+        return [{"loss": 0.5}, {"lost": 0.7}]
+
+
+class NotANumber(Study):
+    def run(self, scale: str) -> list[dict[str, Any]]:
+        return [{"loss": 0.5}, {"loss": float("nan")}]
+
+
+class NoRows(Study):
+    def run(self, scale: str) -> list[dict[str, Any]]:
+        return []
+
+
+class Untrue(Study):
+    claims: ClassVar[dict[str, Any]] = {"smaller": lambda table: table[1]["loss"] < table[0]["loss"]}
+
+
+class ClaimsNothing(Study):
+    claims: ClassVar[dict[str, Any]] = {}
+
+
+class Looks:
+    """Where the class token looks in the last block, read by a hook."""
+
+    claims = frozenset({"non-negative", "uniform"})
+
+    def __call__(self, model: Any, image: Tensor, target: int) -> Tensor:
+        seen: list[Tensor] = []
+
+        def look(layer: Attention, given: tuple[Tensor, ...]) -> None:
+            q, k, _ = layer.project(given[0], given[0])
+            seen.append(layer.normalize(layer.scores(q, k), None))
+
+        hook = model.blocks[-1].attn.register_forward_pre_hook(look)
+        try:
+            with torch.no_grad():
+                model(image)
+        finally:
+            self.leave(hook)
+        return self.shape(seen[0].mean(1)[:, 0, 1:])
+
+    def leave(self, hook: Any) -> None:
+        hook.remove()
+
+    def shape(self, row: Tensor) -> Tensor:
+        return row.unflatten(-1, (3, 4))
+
+
+class Transposed(Looks):
+    def shape(self, row: Tensor) -> Tensor:
+        return row.unflatten(-1, (4, 3))
+
+
+class Centred(Looks):
+    def shape(self, row: Tensor) -> Tensor:
+        return (row - row.mean()).unflatten(-1, (3, 4))
+
+
+class Ramp(Looks):
+    def shape(self, row: Tensor) -> Tensor:
+        return (row * torch.arange(12.0)).unflatten(-1, (3, 4))
+
+
+class AlwaysCentre(Looks):
+    def shape(self, row: Tensor) -> Tensor:
+        return torch.eye(3, 4)[None]
+
+
+class LeavesHooks(Looks):
+    def leave(self, hook: Any) -> None:
+        pass
+
+
+class LeavesHooksOnFailure(Looks):
+    def __call__(self, model: Any, image: Tensor, target: int) -> Tensor:
+        hook = model.blocks[0].register_forward_hook(lambda *_: None)
+        found = super().__call__(model, image, target)
+        hook.remove()
+        return found
+
+
+class Swallows(Looks):
+    def __call__(self, model: Any, image: Tensor, target: int) -> Tensor:
+        try:
+            return super().__call__(model, image, target)
+        except KeyError:
+            return torch.zeros(1, 3, 4)
+
+
+class LeavesGradients(Looks):
+    def __call__(self, model: Any, image: Tensor, target: int) -> Tensor:
+        model(image)[:, target].sum().backward()
+        return super().__call__(model, image, target)
+
+
+@pytest.fixture
+def _explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb with the stand-ins' calling convention."""
+
+    def explain(model: nn.Module, image: Tensor, explainer: Any, *, target: int) -> Any:
+        return SimpleNamespace(values=explainer(model, image, target))
+
+    monkeypatch.setitem(vars(regard), "explain", explain)
+
+
+@pytest.mark.usefixtures("_explain")
+@pytest.mark.parametrize(("kind", "target"), [("objective", Loss), ("study", Study), ("explainer", Looks)])
+def test_healthy_ones_pass(kind: Any, target: Any) -> None:
+    report = regard.check(target, kind=kind)
+    report.raise_for_failures()
+    own = {name for name, c in CHECKS.items() if c.kinds == (kind,)}
+    assert own <= {r.check for r in report if r.outcome == "passed"}
+
+
+BROKEN: list[tuple[Any, Any, str, str]] = [
+    ("objective", NotScalar, "objective_is_a_finite_scalar", "expected a scalar"),
+    ("objective", InfiniteLoss, "objective_is_a_finite_scalar", "not finite"),
+    ("objective", Flat, "objective_is_a_finite_scalar", "zero everywhere"),
+    ("objective", WrongWay, "objective_falls_along_its_gradient", "after steps"),
+    ("objective", DropsInBoth, "objective_is_a_function", "train and eval"),
+    ("objective", WritesToBatch, "objective_is_a_function", "written to"),
+    ("objective", PreparesInPlace, "objective_prepare", "prepare wrote"),
+    ("study", Untyped, "study_table_is_typed", "is str, row 0 has float"),
+    ("study", Ragged, "study_table_is_typed", "columns ['lost']"),
+    ("study", NotANumber, "study_table_is_typed", "is nan"),
+    ("study", NoRows, "study_table_is_typed", "empty"),
+    ("study", Untrue, "study_claims_hold", "['smaller']"),
+    ("study", ClaimsNothing, "study_claims_hold", "claims nothing"),
+    ("explainer", Transposed, "map_is_on_the_grid", "expected (..., 3, 4)"),
+    ("explainer", Centred, "map_is_not_negative", "lowest value is -"),
+    ("explainer", AlwaysCentre, "map_depends_on_the_parameters", "same map"),
+    ("explainer", Ramp, "uniform_weights_give_a_uniform_map", "varies by"),
+    ("explainer", LeavesHooks, "explainer_leaves_nothing_behind", "after a map, changed"),
+    ("explainer", LeavesGradients, "explainer_leaves_nothing_behind", "gradient"),
+    ("explainer", LeavesHooksOnFailure, "explainer_leaves_nothing_behind", "a model that failed"),
+    ("explainer", Swallows, "explainer_leaves_nothing_behind", "swallowed"),
+]
+
+
+@pytest.mark.usefixtures("_explain")
+@pytest.mark.parametrize(("kind", "target", "check", "says"), BROKEN)
+def test_broken_ones_are_rejected(kind: Any, target: Any, check: str, says: str) -> None:
+    (result,) = regard.check(target, kind=kind, only=check)
+    assert result.outcome == "failed", result
+    assert says in result.reason
+
+
+def test_slow_studies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regard.checks.study.SECONDS", -1.0)
+    (result,) = regard.check(Study, kind="study", only="study_is_quick")
+    assert "allowed -1" in result.reason
+
+
+def test_every_check_of_these_kinds_rejects_something() -> None:
+    own = {
+        name for name, c in CHECKS.items() if len(c.kinds) == 1 and c.kinds[0] in ("objective", "study", "explainer")
+    }
+    assert {check for _, _, check, _ in BROKEN} | {"study_is_quick"} == own
