@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from regard import create
 from regard.layers.sequence.rela import (
     GatedRMSNorm,
@@ -14,13 +16,14 @@ from regard.layers.sequence.rela import (
     null_rate,
     sparsity,
 )
-from torch import Tensor
 
 FORMS = [ReLAGated, ReLAInit]
 both = pytest.mark.parametrize("form", FORMS)
 
 
-def build(form: type[RectifiedLinearAttention], dtype: torch.dtype = torch.float64, **options) -> RectifiedLinearAttention:
+def build(
+    form: type[RectifiedLinearAttention], dtype: torch.dtype = torch.float64, **options
+) -> RectifiedLinearAttention:
     return form(**{"dim": 12, "num_heads": 3, **options}).to(dtype)
 
 
@@ -172,7 +175,9 @@ def test_parameters_of_the_papers_model() -> None:
 def test_measures_of_weights() -> None:
     weights = torch.tensor([[[[0.0, 2.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]]])
     torch.testing.assert_close(sparsity(weights), torch.tensor([0.75, 0.5]))
-    torch.testing.assert_close(sparsity(weights, torch.tensor([[True, False], [True, True]])), torch.tensor([1.0, 1 / 3]))
+    torch.testing.assert_close(
+        sparsity(weights, torch.tensor([[True, False], [True, True]])), torch.tensor([1.0, 1 / 3])
+    )
     torch.testing.assert_close(null_rate(weights), torch.tensor([0.5, 0.0]))
     # Query 0: two heads on different keys, log 2; query 1: one head alone, 0.
     torch.testing.assert_close(head_diversity(weights), torch.tensor(2.0).log() / 2)

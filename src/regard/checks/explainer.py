@@ -1,7 +1,7 @@
 """What every explainer must hold, on a tiny vision transformer of our own.
 
-``explainer.claims`` names what it promises beyond the contract: ``"non-negative"``, and ``"uniform"``: uniform weights give
-a uniform map.
+``explainer.claims`` names what it promises beyond the contract: ``"non-negative"``; ``"uniform"``, that uniform weights
+give a uniform map.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ GRIDS = ((1, 1), (1, 2), (3, 5), (7, 9))
 def arguments_of(target: Callable[..., Any]) -> frozenset[str]:
     """Names of the keyword arguments that a class or factory takes, followed through ``**kwargs`` to its bases."""
     names: set[str] = set()
-    steps = (
-        [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)] if isinstance(target, type) else [target]
-    )
+    steps: list[Any] = [target]
+    if isinstance(target, type):
+        steps = [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)]
     for step in steps:
         found = inspect.signature(step).parameters
         names |= set(found)

@@ -1,11 +1,12 @@
 """CBAM lowers the error of a residual network, and its spatial map lies on the object.
 
-Set-up: 32x32 images of one shape out of six, in a random colour, size and place, on textured clutter that holds a few stray
-strokes; 2,400 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), fourteen epochs of Adam
-with one cycle; the gate stands on every residual branch before the addition. Compared: no gate, the channel gate alone, CBAM.
+Set-up: 32x32 images of one shape out of six, in a random colour, size and place, on textured clutter that holds a few
+stray strokes; 2,400 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), fourteen
+epochs of Adam with one cycle; the gate stands on every residual branch before the addition. Compared: no gate, the
+channel gate alone, CBAM.
 
-Bar, with three seeds: the error of CBAM is at least one point below that of the plain network, and not above that of the
-channel gate alone. The spatial map (mean over the blocks, brought to image size) separates object from background
+Bar, with three seeds: the error of CBAM is at least one point below that of the plain network, and not above that of
+the channel gate alone. The spatial map (mean over the blocks, brought to image size) separates object from background
 pixels with an area under the curve of at least 0.7, where chance is 0.5.
 """
 

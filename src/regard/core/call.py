@@ -102,10 +102,7 @@ class Call:
             return _exact(scores)
         q = _exact(self.q if index is None else self.q[:, :, index])
         k = _exact(self.k)
-        if self.stages is not None:
-            scores = self.stages[0](q, k)
-        else:
-            scores = ops.scores(q, k, scale=self.scale)
+        scores = ops.scores(q, k, scale=self.scale) if self.stages is None else self.stages[0](q, k)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         added = self.added(index)
@@ -273,7 +270,8 @@ class Call:
 
     def __repr__(self) -> str:
         b, h, l, d = self.q.shape
-        return f"Call({self.site!r}, b={b}, h={h}, g={self.k.shape[1]}, l={l}, s={self.k.shape[2]}, d={d}, step={self.step.index})"
+        g, s = self.k.shape[1:3]
+        return f"Call({self.site!r}, b={b}, h={h}, g={g}, l={l}, s={s}, d={d}, step={self.step.index})"
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -38,8 +38,8 @@ class Edit:
     Args:
         strength: 0 is the identity, bit for bit; 1 the whole change; between and beyond, the straight line through both.
         only: heads that are changed; default all.
-        branch: ``"cond"`` or ``"uncond"``: rows of that guidance branch only (the second, or first, half of the batch where both run
-            in one call).
+        branch: ``"cond"`` or ``"uncond"``: rows of that guidance branch only (where both run in one call, the second or the
+            first half of the batch).
         order: among edits of one quantity at one site, the lower comes first.
     """
 

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from regard.core.tokens import Tokens
 
 if TYPE_CHECKING:
     from regard.core.call import Call
     from regard.core.swap import Plan
+
+
+@dataclass
+class Sample:
+    """The model's input in the call that runs: shape of its first tensor, and its token ids, after those of earlier steps."""
+
+    shape: tuple[int, ...] = ()
+    ids: Tensor | None = None
+    prompt: int = 0
+
+    def see(self, args: Iterable[Any], kwargs: Mapping[str, Any], first: bool) -> None:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        self.shape = tuple(tensors[0].shape) if tensors else ()
+        ids = kwargs.get("input_ids", next((t for t in tensors if t.ndim == 2 and t.dtype == torch.long), None))
+        if ids is None or first or self.ids is None or ids.shape[1] > 1 or len(ids) != len(self.ids):
+            self.ids, self.prompt = ids, 0 if ids is None else ids.shape[1]
+        else:
+            self.ids = torch.cat([self.ids, ids], 1)
 
 
 class Host:
@@ -34,10 +55,8 @@ class Host:
         """Kind of the site, where the library knows better than the shapes."""
         return None
 
-    def tokens(
-        self, model: nn.Module, name: str, call: Call, sample: tuple[int, ...]
-    ) -> tuple[Tokens | None, Tokens | None]:
-        """What the query and key tokens of the call at site ``name`` mean; ``sample`` is the shape of the model's first input."""
+    def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
+        """What the query and key tokens of the call at site ``name`` mean; ``sample`` is the model's input."""
         return None, None
 
     def plan(self, model: nn.Module, name: str) -> Plan | None:

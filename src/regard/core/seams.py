@@ -149,7 +149,7 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if product is None or product[2].numel() != scores.numel() or product[2].shape[-2:] != scores.shape[-2:]:
         tap.softmaxes.append("its softmax is not over products of queries with keys")
         return func(*args, **kwargs)
-    q, k, result, number = product
+    q, k, _, number = product
     shape = (-1, *scores.shape[-3:]) if scores.ndim != 3 else None
     heads = getattr(tap.module, "num_heads", None) or getattr(tap.module, "num_attention_heads", None) or 1
     fold = (lambda x: x.unflatten(0, (-1, heads))) if shape is None else (lambda x: x.reshape(-1, *x.shape[-3:]))
@@ -189,7 +189,7 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 def _values(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Any:
     """weights v of a hand-written site, with the edits of v before and those of the output after."""
     assert tap.pending is not None
-    weights, call = tap.pending
+    call = tap.pending[1]
     tap.pending = None
     edits = tap.edits(call)
     four = call.q.shape

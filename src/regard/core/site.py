@@ -150,9 +150,9 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
         call, seam, count = probe.first[name]
         error = probe.errors[name]
         fits = error <= tolerance(call.q.dtype)
-        reason = None if fits else f"weights times values differ from its output by {error:.1e}"
+        misfit = None if fits else f"weights times values differ from its output by {error:.1e}"
         kind = host.kind(model, name, call) or contexts.kind(name, call)
-        facts.sites[name] = Known(seam, kind, reason, call.product)  # type: ignore[arg-type]
+        facts.sites[name] = Known(seam, kind, misfit, call.product)  # type: ignore[arg-type]
         said_q, said_k = facts.tokens(name, kind, call.q.shape[2], call.k.shape[2])
         found[name] = Site(
             name=name,
@@ -170,7 +170,7 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
             calls=count,
             verified=fits,
             error=error,
-            reason=reason,
+            reason=misfit,
         )
     order = list(probe.first)
     listed = [found[n] for n in order] + [s for n, s in found.items() if n not in probe.first]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from regard.core import seams as _seams  # noqa: F401  fills SEAMS
 from regard.core.call import Call
 from regard.core.edit import Edit, EditConflict
-from regard.core.host import Host, hosts_of
+from regard.core.host import Host, Sample, hosts_of
 from regard.core.known import Known, Seam, knowledge, names
 from regard.core.step import Step, chosen
 from regard.core.tap import ATTRIBUTE, Tap, in_backward
@@ -56,7 +56,7 @@ class Watch:
         self.hosts: list[Host] = hosts_of(self.model)
         self.exact = bool(knowledge(self.model).sites)
         self.index = -1
-        self.sample: tuple[int, ...] = ()
+        self.sample = Sample()
         self.active = True
         self.seen: set[str] = set()
         wanted = names(self.model, where)
@@ -147,8 +147,7 @@ class Watch:
             return
         if self.branch() in (None, "cond"):
             self.index += 1
-        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        self.sample = tuple(inputs[0].shape) if inputs else ()
+        self.sample.see(args, kwargs, first=self.index == 0)
 
     # The count is kept in Python: a compiler that meets this hook must leave it alone.
     _next._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 from regard.core.call import Call
-from regard.core.host import HOSTS, Host
+from regard.core.host import HOSTS, Host, Sample
 from regard.core.tokens import Segment, Tokens
 
 _BRANCH: ContextVar[str | None] = ContextVar("guidance branch", default=None)
@@ -38,24 +38,27 @@ class Diffusers(Host):
     name = "diffusers"
 
     def enter(self) -> None:
-        CacheMixin.cache_context = _noted_context
+        CacheMixin.cache_context = _noted_context  # type: ignore[method-assign]
 
     def leave(self) -> None:
-        CacheMixin.cache_context = _PLAIN_CONTEXT
+        CacheMixin.cache_context = _PLAIN_CONTEXT  # type: ignore[method-assign]
 
     def branch(self, model: nn.Module) -> str | None:
         return _BRANCH.get()
 
-    def tokens(
-        self, model: nn.Module, name: str, call: Call, sample: tuple[int, ...]
-    ) -> tuple[Tokens | None, Tokens | None]:
+    def kind(self, model: nn.Module, name: str, call: Call) -> str | None:
+        """A block that runs over both streams already put together has one input, and is joint all the same."""
+        roles = {s.role for s in call.tokens_q.segments} if call.tokens_q else set()
+        return "joint" if {"text", "image"} <= roles else None
+
+    def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         l, s = call.q.shape[2], call.k.shape[2]
-        image = _grid(model, sample, l)
+        image = _grid(model, sample.shape, l)
         if l != s:
             return image, Tokens((Segment("text", (s,)),))
         if image is not None:
             return image, image
-        joint = _joint(model, sample, l)
+        joint = _joint(model, sample.shape, l)
         return joint, joint
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.call import Call
-from regard.core.host import HOSTS, Host
+from regard.core.host import HOSTS, Host, Sample
 from regard.core.swap import Plan, Projection, Projections
 from regard.core.tokens import Segment, Tokens
 
@@ -18,12 +18,10 @@ class Timm(Host):
 
     name = "timm"
 
-    def tokens(
-        self, model: nn.Module, name: str, call: Call, sample: tuple[int, ...]
-    ) -> tuple[Tokens | None, Tokens | None]:
-        layout = _layout(model, sample)
+    def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
+        layout = _layout(model, sample.shape)
         window = _window(model.get_submodule(name))
-        found = []
+        found: list[Tokens | None] = []
         for size in (call.q.shape[2], call.k.shape[2]):
             if layout is not None and layout.size == size:
                 found.append(layout)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard.core.call import Call
-from regard.core.host import HOSTS, Host
+from regard.core.host import HOSTS, Host, Sample
 from regard.core.swap import Plan, Projection, Projections
 from regard.core.tap import Tap, taps_of
 from regard.core.tokens import Segment, Tokens
@@ -136,15 +136,23 @@ class Transformers(Host):
         for name in WRAPPED:
             del ALL_ATTENTION_FUNCTIONS[name]
 
-    def tokens(
-        self, model: nn.Module, name: str, call: Call, sample: tuple[int, ...]
-    ) -> tuple[Tokens | None, Tokens | None]:
+    def kind(self, model: nn.Module, name: str, call: Call) -> str | None:
+        """Position embeddings reach some self-attention as a second stream, so names go before shapes."""
+        last = name.rpartition(".")[2].lower()
+        if "cross" in last or last.startswith("enc"):
+            return "cross"
+        return "self" if "self" in last and call.q.shape[2] == call.k.shape[2] else None
+
+    def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         config = _config(model, name)
         layout = _image_layout(config)
-        found = []
+        image_id = getattr(getattr(model, "config", None), "image_token_id", None)
+        found: list[Tokens | None] = []
         for size in (call.q.shape[2], call.k.shape[2]):
             if layout is not None and layout.size == size:
                 found.append(layout)
+            elif image_id is not None and sample.ids is not None and sample.ids.shape[1] == size:
+                found.append(_roles(sample.ids == image_id, sample.prompt))
             elif getattr(config, "vocab_size", None):
                 found.append(Tokens((Segment("text", (size,)),)))
             else:
@@ -159,7 +167,9 @@ class Transformers(Host):
         if found is None or heads is None or getattr(module, "is_causal", False):
             return None
         q, k, v = found
-        assert q is not None and k is not None and v is not None
+        assert q is not None
+        assert k is not None
+        assert v is not None
         kv_heads = heads * k[0].shape[0] // q[0].shape[0]
         out = next((_linear(getattr(module, n, None)) for n in _OUT if hasattr(module, n)), None)
         return Plan(Projections(q[0].shape[1], heads, kv_heads, q, k, v, out), _Slot)
@@ -186,6 +196,31 @@ def _image_layout(config: Any) -> Tokens | None:
     registers = getattr(config, "num_register_tokens", 0)
     middle = (Segment("register", (registers,)),) if registers else ()
     return Tokens((Segment("cls", (1,)), *middle, image))
+
+
+def _roles(is_image: Tensor, prompt: int) -> Tokens | None:
+    """System, image, instruction and output tokens of a prompt with images; None when the rows of a batch differ."""
+    if not bool((is_image == is_image[:1]).all()):
+        return None
+    segments: list[Segment] = []
+    row = is_image[0, :prompt]
+    kinds, counts = torch.unique_consecutive(row, return_counts=True)
+    images = texts = 0
+    for i, (image, count) in enumerate(zip(kinds.tolist(), counts.tolist(), strict=True)):
+        if image:
+            images += 1
+            role = "image" if images == 1 else f"image_{images}"
+        elif i == 0:
+            role = "system"
+        elif i == len(kinds) - 1:
+            role = "instruction"
+        else:
+            texts += 1
+            role = f"text_{texts}"
+        segments.append(Segment(role, (count,)))
+    if is_image.shape[1] > prompt:
+        segments.append(Segment("output", (is_image.shape[1] - prompt,)))
+    return Tokens(tuple(segments))
 
 
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))

@@ -52,7 +52,8 @@ class SpatialGate(nn.Module):
     r"""One factor a place, from the maximum and the mean over the channels.
 
     .. math::
-        M_s = \sigma\big(\mathrm{BN}(\mathrm{conv}_{k \times k}[\max_c x;\, \mathrm{mean}_c x])\big), \quad y = M_s \cdot x
+        M_s = \sigma\big(\mathrm{BN}(\mathrm{conv}_{k \times k}[\max_c x;\, \mathrm{mean}_c x])\big), \quad
+        y = M_s \cdot x
 
     Args:
         kernel_size: side of the convolution, odd.

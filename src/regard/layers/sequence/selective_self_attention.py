@@ -201,9 +201,70 @@ class SelectiveSelfAttention(Attention):
         """How a temperature grows with the position."""
         return SigmoidSlope()
 
-    def temper(
-        self, q: Tensor, v: Tensor, q_positions: Int[Tensor, "#b l"], v_positions: Int[Tensor, "#b s"]
-    ) -> tuple[Float[Tensor, "b h l d"], Float[Tensor, "b g s e"]]:
-        """Queries and values times their temperatures."""
-        tau_q, tau_v = self.q_temperature(q, q_positions[:, None]), self.v_temperature(v, v_positions[:, None])
-        return (q * tau_q[..., None]).to(q.dtype), (v * tau_v[..., None]).to(v.dtype)
+    def project(
+        self, x: Tensor, context: Tensor, start: int = 0, positions: Int[Tensor, "b n"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, context, start)
+        own = start + torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None]
+        tau_q = self.q_temperature(q, own)
+        tau_v = self.v_temperature(v, own if context is x else torch.arange(context.shape[1], device=x.device))
+        return (q * tau_q[..., None]).to(q.dtype), k, (v * tau_v[..., None]).to(v.dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b s e"] | None = None,
+        *,
+        mask: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        cache: KVCache | None = None,
+        positions: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        if positions is None:
+            return super().forward(x, context, mask=mask, grid=grid, cache=cache)
+        if positions.shape != x.shape[:2]:
+            raise ValueError(f"positions must be {tuple(x.shape[:2])}; got {tuple(positions.shape)}")
+        if positions.numel() and positions.min() < 0:
+            raise ValueError(f"positions are counted from 0; got {int(positions.min())}")
+        if context is not None and self.causal:
+            raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
+        q, k, v = self.project(x, x if context is None else context, positions=positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.merge(self.attend(q, k, v, expand_mask(mask)))
+
+
+@method(
+    "selective-self-attention-gompertz",
+    kind="layer",
+    paper="selective-self-attention",
+    tags=Tags(cross=True, causal=True, mask=True, cache=True, grouped=True),
+    example=dict(dim=32, num_heads=4),
+    naive=naive,
+)
+class GompertzSelfAttention(SelectiveSelfAttention):
+    r"""Selective self-attention whose temperatures grow with the position as in the official code.
+
+    .. math:: \tau(x, n) = \tanh(f(x)) + 1 + e^{-e^{\beta}} \log n
+
+    Args:
+        dim: as for :class:`SelectiveSelfAttention`, and all that follow.
+
+    Shape: x (b, n, dim) -> (b, n, dim).
+
+    Cost: that of :class:`SelectiveSelfAttention`.
+
+    Example:
+        >>> layer = GompertzSelfAttention(dim=32, num_heads=4, causal=True)
+        >>> layer(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 32])
+
+    Differs: the official code multiplies the scores of a query, and has no part that depends on the token and none for
+    values; here they start at nothing, and values have the same slope as queries.
+
+    Reference: Xuechen Zhang, Xiangyu Chang, Mingchen Li, Amit Roy-Chowdhury, Jiasi Chen, Samet Oymak, Selective Attention:
+    Enhancing Transformer through Principled Context Control, NeurIPS 2024, arXiv:2411.12892.
+    """
+
+    def make_slope(self) -> nn.Module:
+        return GompertzSlope()

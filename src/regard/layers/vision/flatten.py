@@ -14,7 +14,7 @@ from regard.ops.linear import linear_attend
 EPS = 1e-6
 
 
-def focused_map(x: Float[Tensor, "*n c"], power: float) -> Float[Tensor, "*n c"]:
+def focused_map(x: Float[Tensor, "*n c"], power: int | float) -> Float[Tensor, "*n c"]:
     r"""The focused map :math:`f_p(x) = \frac{\|x\|}{\|x^p\|} x^p` of non-negative vectors, elementwise power.
 
     The norm stays, the direction moves towards the largest coordinate. Vectors are divided by that coordinate first,
@@ -43,7 +43,8 @@ def _naive(layer: FocusedLinearAttention, x: Tensor, *, grid: tuple[int, int], m
     q, k, v = (y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for y in (*focus, v))
     real = torch.ones(b, n, dtype=torch.bool) if mask is None else mask
     products = (q @ k.transpose(-1, -2)) * real[:, None, None]
-    out = products @ v / (products.sum(-1, keepdim=True) + EPS * real.sum(-1)[:, None, None, None].clamp(min=1))
+    count = real.sum(-1).clamp(min=1).to(x)[:, None, None, None]
+    out = products @ v / (products.sum(-1, keepdim=True) + EPS * count)
     image = v.masked_fill(~real[:, None, :, None], 0.0).unflatten(2, grid)
     r = layer.dwc.kernel_size[0] // 2
     image = F.pad(image, (0, 0, r, r, r, r))
@@ -108,7 +109,7 @@ class FocusedLinearAttention(nn.Module):
         num_heads: int = 8,
         size: tuple[int, int] = (14, 14),
         *,
-        power: float = 3,
+        power: int | float = 3,
         kernel_size: int = 5,
         bias: bool = True,
     ) -> None:

@@ -109,7 +109,7 @@ def neighborhood_attention(
     queries, keys, values = _tiles(q, y.queries, x.queries), _tiles(k, y.keys, x.keys), _tiles(v, y.keys, x.keys)
     out = attend(queries, keys, values, mask=keep, bias=bias, dropout=dropout)
     (i, t), (j, u) = y.queries.shape, x.queries.shape
-    out = out.view(q.shape[0], i, j, q.shape[1], t, u, -1).permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
+    out = out.view(q.shape[0], i, j, q.shape[1], t, u, out.shape[-1]).permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
     return out.index_select(2, y.place).index_select(3, x.place).flatten(2, 3)
 
 
