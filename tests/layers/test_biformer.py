@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from regard.layers.vision.biformer import BiLevelRoutingAttention
 from regard.ops.masks import dense, grid_window
-from torch import Tensor
 
 
 def make(regions: int = 3, topk: int = 2, **options: object) -> BiLevelRoutingAttention:
@@ -37,7 +38,9 @@ def by_loops(layer: BiLevelRoutingAttention, x: Tensor, grid: tuple[int, int]) -
                 rows.append(weights @ v[i, keys, head * e : (head + 1) * e])
             out = out.index_put((torch.tensor(i), torch.tensor(of[r])), torch.cat(rows, -1))
     image = v.transpose(1, 2).unflatten(2, grid)
-    local = F.conv2d(image, layer.lepe.weight, layer.lepe.bias, padding=layer.lepe.kernel_size[0] // 2, groups=layer.dim)
+    local = F.conv2d(
+        image, layer.lepe.weight, layer.lepe.bias, padding=layer.lepe.kernel_size[0] // 2, groups=layer.dim
+    )
     return layer.wo(out + local.flatten(2).transpose(1, 2))
 
 
@@ -52,10 +55,10 @@ def agree(got: Tensor, expected: Tensor, *leaves: Tensor) -> None:
     ("grid", "options"),
     [
         ((6, 6), {}),
-        ((3, 9), dict(topk=4)),
-        ((3, 3), dict(topk=1)),
-        ((4, 8), dict(regions=2, topk=3, qk_dim=4, kernel_size=3)),
-        ((5, 3), dict(regions=1, topk=1)),
+        ((3, 9), {"topk": 4}),
+        ((3, 3), {"topk": 1}),
+        ((4, 8), {"regions": 2, "topk": 3, "qk_dim": 4, "kernel_size": 3}),
+        ((5, 3), {"regions": 1, "topk": 1}),
     ],
 )
 def test_equals_the_steps_of_the_paper(grid: tuple[int, int], options: dict) -> None:

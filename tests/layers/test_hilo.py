@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from regard.layers.vision.hilo import HiLoAttention
 from regard.nn import Attention
 from regard.ops.masks import dense, grid_window
-from torch import Tensor
 
 GRID = (6, 4)
 
@@ -69,7 +70,9 @@ def test_a_window_of_one_is_plain_attention() -> None:
     torch.testing.assert_close(one(x, grid=GRID), plain(x), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("num_heads", "alpha", "lo"), [(12, 0.9, 10), (100, 0.29, 29), (4, 0.5, 2), (3, 0.5, 1), (3, 0.0, 0), (3, 1.0, 3)])
+@pytest.mark.parametrize(
+    ("num_heads", "alpha", "lo"), [(12, 0.9, 10), (100, 0.29, 29), (4, 0.5, 2), (3, 0.5, 1), (3, 0.0, 0), (3, 1.0, 3)]
+)
 def test_share_of_the_heads(num_heads: int, alpha: float, lo: int) -> None:
     one = HiLoAttention(num_heads * 2, num_heads, alpha=alpha)
     assert (one.lo_heads, one.hi_heads) == (lo, num_heads - lo)
@@ -128,10 +131,10 @@ def test_masked_tokens_are_no_keys_and_count_in_no_mean() -> None:
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (dict(dim=24, num_heads=5), "num_heads=5"),
-        (dict(dim=24, num_heads=4, window_size=0), "window_size=0"),
-        (dict(dim=24, num_heads=4, alpha=1.5), "alpha=1.5"),
-        (dict(dim=24, num_heads=4, alpha=-0.1), "alpha=-0.1"),
+        ({"dim": 24, "num_heads": 5}, "num_heads=5"),
+        ({"dim": 24, "num_heads": 4, "window_size": 0}, "window_size=0"),
+        ({"dim": 24, "num_heads": 4, "alpha": 1.5}, "alpha=1.5"),
+        ({"dim": 24, "num_heads": 4, "alpha": -0.1}, "alpha=-0.1"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, names: str) -> None:
@@ -142,10 +145,10 @@ def test_bad_arguments_are_named(arguments: dict, names: str) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (dict(grid=(5, 5)), "grid="),
-        (dict(grid=None), "grid=None"),
-        (dict(grid=GRID, mask=torch.ones(2, 23, dtype=torch.bool)), "mask must be boolean"),
-        (dict(grid=GRID, mask=torch.ones(2, 24)), "mask must be boolean"),
+        ({"grid": (5, 5)}, "grid="),
+        ({"grid": None}, "grid=None"),
+        ({"grid": GRID, "mask": torch.ones(2, 23, dtype=torch.bool)}, "mask must be boolean"),
+        ({"grid": GRID, "mask": torch.ones(2, 24)}, "mask must be boolean"),
     ],
 )
 def test_bad_input_is_named(options: dict, names: str) -> None:

@@ -216,7 +216,7 @@ def test_bad_arguments(options: dict[str, int], named: str) -> None:
 
 def test_bad_input() -> None:
     q, k, v = (x.detach() for x in inputs(n=8))
-    sizes = dict(block_size=4, topk=2)
+    sizes = {"block_size": 4, "topk": 2}
     for bounds in ([0, 4, 4, 8], [0, 5], [1, 8], [0], [0, 9, 8]):
         with pytest.raises(ValueError, match="cu_seqlens"):
             moba_attention(q, k, v, **sizes, cu_seqlens=torch.tensor(bounds))

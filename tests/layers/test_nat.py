@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from regard.layers.vision.nat import NeighborhoodAttention, neighborhood_attention
 from regard.nn import Attention
 from regard.ops.sparse import gather_attend
 from regard.ops.windows import neighborhood_grid_index, neighborhood_relative_index, partition, unpartition
-from torch import Tensor
 
 CASES = [
     ((5, 9), 3, 1),
@@ -77,7 +78,9 @@ def test_a_kernel_that_covers_the_map_is_plain_attention() -> None:
     layer, plain = make(5), Attention(12, 3).double()
     torch.nn.init.zeros_(layer.rpb)
     weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
-    state = {f"{name}.weight": w for name, w in zip("qkv", weights)} | {f"{name}.bias": b for name, b in zip("qkv", biases)}
+    state = {f"{name}.weight": w for name, w in zip("qkv", weights)} | {
+        f"{name}.bias": b for name, b in zip("qkv", biases)
+    }
     plain.load_state_dict(state | {"out.weight": layer.proj.weight, "out.bias": layer.proj.bias})
     x = torch.randn(2, 15, 12, dtype=torch.float64)
     for grid in [(5, 3), (3, 5)]:
@@ -141,7 +144,10 @@ def test_work_is_linear_in_tokens() -> None:
 
     def flops(side: int) -> int:
         x = torch.randn(1, 1, side * side, 8, device="meta")
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
             neighborhood_attention(x, x, x, (side, side), 7)
         return counter.get_total_flops()
 

@@ -147,7 +147,7 @@ def test_nothing_to_look_at(form: type) -> None:
 def test_dropout_acts_on_weights() -> None:
     layer = build(ReLAInit, dropout=0.5)
     x = torch.randn(1, 5, 12, dtype=torch.float64)
-    q, k, v = layer.project(x, x)
+    q, k, _ = layer.project(x, x)
     eye = torch.eye(5, dtype=torch.float64).expand(1, 3, 5, 5)
     kept, exact = layer.attend(q, k, eye, None), weights_of(layer, x)
     assert ((kept == 0) | ((kept - 2 * exact).abs() < 1e-12)).all()

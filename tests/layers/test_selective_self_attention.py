@@ -1,6 +1,7 @@
 """Selective self-attention against loops, against scaled scores and weights, and at the edges of its temperatures."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_sharpness_orders_entropy() -> None:
         weights = reference(tau * q, k, torch.eye(9, dtype=torch.float64).expand(1, 2, 9, 9))
         entropies.append(torch.special.entr(weights).sum(-1))
     torch.testing.assert_close(entropies[0], torch.full_like(entropies[0], math.log(9)), rtol=0, atol=1e-12)
-    assert all((sharper < flatter).all() for flatter, sharper in zip(entropies, entropies[1:]))
+    assert all((sharper < flatter).all() for flatter, sharper in pairwise(entropies))
 
 
 def test_value_temperature_of_zero_silences_a_token() -> None:

@@ -60,11 +60,19 @@ def test_rows_sum_to_one() -> None:
     )
 
 
-def test_half_precision_does_not_overflow() -> None:
-    q, k, v = (torch.full((1, 1, 4096, 8), x, dtype=torch.float16) for x in (4.0, 100.0, 200.0))
-    out = linear.linear_attend(q, k, v)
-    assert out.dtype == torch.float16
-    torch.testing.assert_close(out, v)
+def test_sums_do_not_overflow() -> None:
+    q, k, v = (torch.full((1, 1, 4096, 8), x) for x in (1.0, 1e18, 1e18))  # n k v is beyond float32, k v is not
+    torch.testing.assert_close(linear.linear_attend_image(q, k, v), 8e18 * v, rtol=1e-3, atol=0)
+    torch.testing.assert_close(linear.linear_attend(q, k, v), v, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", [linear.linear_attend, linear.linear_attend_image])
+def test_half_precision_is_rounded_once(function, dtype: torch.dtype) -> None:
+    q, k, v = (torch.rand(1, 2, 300, 8).to(dtype) for _ in range(3))
+    out = function(q, k, v)
+    assert out.dtype == dtype
+    assert torch.equal(out, function(q.float(), k.float(), v.float()).to(dtype))
 
 
 DECAYS = {

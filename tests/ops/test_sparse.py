@@ -98,6 +98,18 @@ def test_block_sparse(case: dict, chunk: int, compiling: bool, monkeypatch: pyte
     agree(sparse.block_sparse_dense(*leaves, index, valid, mask=mask, **case), expected, leaves)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(("pairs", "blocks", "width"), [(50, 7, 3), (9, 4, 8), (8, 8, 1), (0, 3, 2), (20, 1, 6)])
+def test_tiles_hold_every_pair_once(pairs: int, blocks: int, width: int, compiling: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for nowhere in (0, 1):  # without and with pairs that go nowhere
+        key_block = torch.randint(blocks + nowhere, (pairs,))
+        pair, block = sparse._tiles(key_block, blocks, width)
+        held = [(p, b) for row, b in zip(pair.tolist(), block.tolist()) for p in row if p >= 0]
+        assert sorted(held) == [(p, b) for p, b in enumerate(key_block.tolist()) if b < blocks]
+        assert compiling or all(p >= 0 for p in pair[:, 0].tolist())
+
+
 def test_every_block_is_plain_attention() -> None:
     leaves = inputs(2, 4, 2, 9, 13)
     index = torch.arange(4).expand(2, 4, 9, 4)
@@ -179,6 +191,32 @@ def test_memory_is_far_from_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     with Largest() as largest:
         attend(*leaves, backend="reference")
     assert largest.numel >= l * l
+
+
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(call) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = call()
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    leaves = inputs(1, 1, 1, 256, 256, d=4, e=4)
+    index, valid = topk_blocks(torch.randn(1, 1, 256, 4), 2)
+    near = neighborhood_grid_index((16, 16), 7)
+    for call in (
+        lambda: sparse.block_sparse(*leaves, index, valid, block_size=64),
+        lambda: sparse.gather_attend(*leaves, near),
+    ):
+        whole = kept(call)
+        monkeypatch.setattr(sparse, "CHUNK", 1 << 12)
+        assert kept(call) < whole / 2
+        monkeypatch.undo()
 
 
 LISTS = {

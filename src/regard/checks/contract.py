@@ -16,7 +16,7 @@ from regard.catalog.registry import Kind, Method, Tags
 from regard.checks.samples import arguments_of
 
 
-class Skip(Exception):  # noqa: N818
+class Skip(Exception):
     """Raised by a check that can say nothing about this method, with the reason."""
 
 

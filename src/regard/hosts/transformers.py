@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from regard.core.call import Call
-from regard.core.host import HOSTS, Host, Sample
+from regard.core.host import HOSTS, Handle, Host, Sample
 from regard.core.swap import Plan, Projection, Projections
 from regard.core.tap import Tap, taps_of
 from regard.core.tokens import Segment, Tokens
@@ -158,6 +158,11 @@ class Transformers(Host):
             else:
                 found.append(None)
         return found[0], found[1]
+
+    def prune(self, model: nn.Module, after: int, keep: Callable[[Call, Tensor, Tensor], Tensor]) -> Handle:
+        from regard.hosts.pruning import TokenPruning
+
+        return TokenPruning(model, after, keep)
 
     def plan(self, model: nn.Module, name: str) -> Plan | None:
         module = model.get_submodule(name)

@@ -100,7 +100,7 @@ def _tiles(key_block: Int[Tensor, "p"], blocks: int, width: int) -> tuple[Int[Te
     start = torch.searchsorted(key_block[order], torch.arange(blocks + 1, device=order.device))
     tiles = -(-start.diff() // width)
     end = tiles.cumsum(0)
-    total = len(order) // width + blocks if torch.compiler.is_compiling() else int(tiles.sum())
+    total = len(order) // width + min(blocks, len(order)) if torch.compiler.is_compiling() else int(tiles.sum())
     tile = torch.arange(total, device=order.device)
     block = torch.searchsorted(end, tile, right=True).clamp(max=blocks - 1)
     at = start[block] + (tile - (end - tiles)[block]) * width

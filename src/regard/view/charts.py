@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from regard.bench.cost import Scaling
 from regard.view.comparison import Comparison, Row
-from regard.view.svg import Chart, linear, log_ticks, logarithmic, number, place_labels, png, spread, text_width, ticks
+from regard.view.svg import Chart, Point, linear, log_ticks, logarithmic, number, place_labels, png, spread, text_width, ticks
 
 SHAPES = {"baseline": "circle", "vision": "square", "cnn": "triangle", "sequence": "diamond", "sparse": "cross"}
 # Dark to light in even steps of lightness, readable with every kind of colour vision.
@@ -16,6 +17,15 @@ RAMP = ((0, 20, 60), (20, 52, 110), (72, 84, 118), (118, 116, 122), (160, 150, 1
 
 def shape(family: str) -> str:
     return SHAPES.get(family, "cross")
+
+
+def _along(path: Sequence[Point]) -> list[Point]:
+    """Points on a path, close to each other, for labels to keep clear of."""
+    points = []
+    for (x0, y0), (x1, y1) in zip(path, path[1:]):
+        pieces = max(1, round(math.hypot(x1 - x0, y1 - y0) / 8))
+        points += [(x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces) for i in range(pieces + 1)]
+    return points
 
 
 def _bounds(values: Sequence[float], pad: float) -> tuple[float, float]:
@@ -46,10 +56,9 @@ def pareto(comparison: Comparison, width: float) -> Chart:
         (x(row.cost.forward.median), y(100 * row.accuracy)) for row in rows if row.cost and row.layer in front
     )
     stairs = [point for (x0, y0), (x1, _) in zip(steps, steps[1:]) for point in ((x0, y0), (x1, y0))]
-    chart.line(
-        [*stairs, steps[-1], (box[2], steps[-1][1])], "front", "no layer is both faster and more accurate than these"
-    )
-    points, dots = [], []
+    stairs += [steps[-1], (box[2], steps[-1][1])]
+    chart.line(stairs, "front", "no layer is both faster and more accurate than these")
+    points, dots = [], _along(stairs)
     for row in rows:
         assert row.cost is not None
         time, tone = row.cost.forward, f"f-{row.family}"
@@ -78,8 +87,9 @@ def growth(rows: Sequence[Row], what: str, width: float) -> Chart:
     ends = []
     for row, found, _ in series:
         fit = found.time_fit if what == "time" else found.memory_fit
-        ends.append(row.layer if fit is None else f"{row.layer} {fit.exponent:.2f} ± {fit.error:.2f}")
-    room = max(text_width(end, 11) for end in ends) + 6
+        error = f" ± {fit.error:.2f}" if fit and wide else ""
+        ends.append(row.layer if fit is None else f"{row.layer} {fit.exponent:.2f}{error}")
+    room = 0.9 * max(text_width(end, 11) for end in ends) + 10
     height = max(300.0, 15.0 * len(series) + 90) if wide else max(330.0, 15.0 * len(series) + 120)
     box = (46.0, 34.0, width - room, height - 48)
     tokens = [n for _, found, _ in series for n in found.tokens]
@@ -111,37 +121,39 @@ def _values(found: Scaling, what: str) -> list[float]:
 
 
 def curve(rows: Sequence[Row], own: Row) -> Chart:
-    """Test accuracy of one layer after each epoch, mean and range over seeds, before the means of the others."""
-    width, height = 240.0, 168.0
-    box = (34.0, 12.0, width - 8, height - 24)
+    """Test accuracy of one layer after each epoch, mean and range over seeds, before the means of the others.
+
+    Accuracies are spaced by the logarithm of the error, so that 90 to 95 % takes as much room as 95 to 97.5 %.
+    """
+    width, height = 240.0, 160.0
+    box = (34.0, 10.0, width - 8, height - 22)
     curves = {row.layer: list(zip(*(run["accuracy"] for run in row.runs))) for row in rows}
-    # The first epochs of all layers lie far below the rest and would flatten what matters.
-    tail = [100 * a for points in curves.values() for epoch in points[max(0, len(points) // 3 - 1) :] for a in epoch]
-    bottom, top = _bounds(tail, 0.06)
+    least = 0.5 / len(own.runs[0]["correct"])
+    errors = [max(least, 1 - a) for points in curves.values() for epoch in points for a in epoch]
+    low, high = min(errors) / 1.1, max(errors) * 1.1
     epochs = max(len(points) for points in curves.values())
-    x, y = linear(1, max(2, epochs), box[0] + 4, box[2] - 4), linear(bottom, top, box[3], box[1])
+    x, error = linear(1, max(2, epochs), box[0] + 4, box[2] - 4), logarithmic(low, high, box[1], box[3])
     chart = Chart(width, height, f"learning curve of {own.layer}")
-    for value in ticks(bottom, top, 4):
-        chart.line([(box[0], y(value)), (box[2], y(value))], "grid")
-        chart.text(box[0] - 5, y(value) + 4, number(value), "tick", "end")
+    for value in [v for v in (0, 20, 40, 60, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9) if low <= 1 - v / 100 <= high]:
+        chart.line([(box[0], error(1 - value / 100)), (box[2], error(1 - value / 100))], "grid")
+        chart.text(box[0] - 5, error(1 - value / 100) + 4, number(value), "tick", "end")
     for value in (v for v in ticks(1, max(2, epochs), 4) if v == int(v)):
         chart.text(x(value), box[3] + 16, number(value), "tick", "middle")
 
-    def inside(value: float) -> float:
-        return min(box[3], y(100 * value))
+    def y(accuracy: float) -> float:
+        return error(max(least, 1 - accuracy))
 
     for name, points in curves.items():
         if name != own.layer:
-            chart.line([(x(e), inside(sum(p) / len(p))) for e, p in enumerate(points, 1)], "ghost", name)
+            chart.line([(x(e), y(fmean(p))) for e, p in enumerate(points, 1)], "ghost", name)
     mine = curves[own.layer]
-    upper = [(x(e), inside(max(p))) for e, p in enumerate(mine, 1)]
-    lower = [(x(e), inside(min(p))) for e, p in enumerate(mine, 1)]
+    upper = [(x(e), y(max(p))) for e, p in enumerate(mine, 1)]
+    lower = [(x(e), y(min(p))) for e, p in enumerate(mine, 1)]
     chart.area(upper, lower, f"band f-{own.family}")
-    means = [sum(p) / len(p) for p in mine]
-    chart.line([(x(e), inside(m)) for e, m in enumerate(means, 1)], f"curve thick f-{own.family}")
-    for e, m in enumerate(means, 1):
-        tip = f"{own.layer}, epoch {e}: {100 * m:.1f} %, seeds from {100 * min(mine[e - 1]):.1f} to {100 * max(mine[e - 1]):.1f}"
-        chart.mark(x(e), inside(m), 3.0, "circle", f"mark f-{own.family}", tip)
+    chart.line([(x(e), y(fmean(p))) for e, p in enumerate(mine, 1)], f"curve thick f-{own.family}")
+    for e, p in enumerate(mine, 1):
+        tip = f"{own.layer}, epoch {e}: {100 * fmean(p):.1f} %, seeds from {100 * min(p):.1f} to {100 * max(p):.1f}"
+        chart.mark(x(e), y(fmean(p)), 3.0, "circle", f"mark f-{own.family}", tip)
     return chart
 
 

@@ -60,7 +60,9 @@ def compare_command(
             )
         )
     else:
-        console = Console()
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120
         console.print(found)
         for failure in found.failures:
             errors.print(f"Failed: {failure['layer']} seed {failure['seed']}: {failure['reason']}")

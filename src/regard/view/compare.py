@@ -177,7 +177,7 @@ def compare(
         layers: names of layers, ``module:Class``, or classes of your own that can be imported; default: about a dozen.
         data: ``digits``, ``small-digits``, or a folder of images whose sub-folders are the classes.
         seeds: how many; they decide initial values and order, alike for all layers.
-        epochs: default: such that about 24,000 images are seen, at least 3 and at most 60.
+        epochs: default: such that about 16,000 images are seen, at least 3 and at most 40.
         out: the folder to write into.
         resume: go on in ``out``: runs with the same settings, data and code are not repeated.
         size: pixels of the side to which images of a folder are brought.
@@ -208,7 +208,7 @@ def compare(
     if patch is None:
         patch = max(1, round(min(shape) / 8))
     if epochs is None:
-        epochs = min(60, max(3, round(24_000 / len(train))))
+        epochs = min(40, max(3, round(16_000 / len(train))))
     recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr)
     slot.SlotNetwork(
         slot.BASELINES["identity"], 2, (shape[0], shape[1]), dim=dim, num_heads=num_heads, depth=depth, patch=patch

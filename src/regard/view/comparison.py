@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,7 +17,7 @@ from regard.train.files import write_whole
 from regard.view.maps import Map
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions
 
 
 @dataclass
@@ -81,20 +82,20 @@ class Comparison:
         """Ranked rows that have a cost too."""
         return [row for row in self.ranked() if row.cost is not None]
 
-    def tied(self) -> list[Row]:
-        """The most accurate row and those within two standard errors of it."""
-        ranked = self.ranked()
-        close = []
+    def close(self, among: Sequence[Row] | None = None) -> list[Row]:
+        """The most accurate row, of ``among`` or of all, and those no more than one standard error behind it."""
+        ranked = [row for row in self.ranked() if among is None or row in among]
+        found = ranked[:1]
         for row in ranked[1:]:
             difference, error = gap(ranked[0], row)
-            if difference <= 2 * error:
-                close.append(row)
-        return ranked[:1] + close
+            if difference <= error:
+                found.append(row)
+        return found
 
-    def choice(self) -> Row | None:
-        """The fastest of the most accurate: what the figures speak for."""
-        tied = [row for row in self.tied() if row.cost is not None]
-        return min(tied, key=lambda row: row.cost.forward.median) if tied else None  # type: ignore[union-attr]
+    def choice(self, among: Sequence[Row] | None = None) -> Row | None:
+        """The fastest of the most accurate, of ``among`` or of all: what the figures speak for."""
+        close = [row for row in self.close(among) if row.cost is not None]
+        return min(close, key=lambda row: row.cost.forward.median) if close else None  # type: ignore[union-attr]
 
     def front(self) -> set[str]:
         """Layers than which no other is both faster and at least as accurate."""
@@ -134,34 +135,32 @@ class Comparison:
             )
         return records
 
-    def table(self) -> Table:
-        """The summary for a terminal."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """The ranking as a table, with as many columns as there is room for, and the advice."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=self.title, caption=self.advice())
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
         table.add_column("layer", no_wrap=True)
-        for name in ("accuracy %", "behind", "params k", "MFLOP", "forward ms", "step ms", "memory MB", "time ~"):
-            table.add_column(name, justify="right", no_wrap=True)
+        heads = ["accuracy\n%", "behind\npoints", "forward\nms", "step\nms", "memory\nMB", "time\n~ n^", "params\nk", "FLOPs\nM"]
+        heads = heads[: max(2, (options.max_width - 28) // 11)]
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
         choice, front = self.choice(), self.front()
-        for row, record in zip(self.ranked(), self.summary()):
-            cells = [format_percent(row.accuracy, row.deviation)]
-            cells.append(
-                "" if row is self.ranked()[0] else f"{100 * record['behind']:.1f} ± {100 * record['behind_error']:.1f}"
-            )
+        ranked = self.ranked()
+        for row in ranked:
+            behind, error = gap(ranked[0], row)
+            distance = "" if row is ranked[0] else f"{100 * behind:.1f} ± {100 * error:.1f}"
+            cells = [format_percent(row.accuracy, row.deviation), distance]
             if row.cost is not None:
-                cost = row.cost
-                cells += [f"{cost.parameters / 1e3:.1f}", f"{cost.flops.total / 1e6:.2f}"]
+                cost, fit = row.cost, row.scaling.time_fit if row.scaling else None
                 cells += [f"{cost.forward.median:.2f}", f"{cost.step.median:.1f}", f"{cost.step_memory / 1e6:.1f}"]
-                cells.append("" if record["exponent"] is None else f"n^{record['exponent']:.2f}")
+                cells += [f"{fit.exponent:.2f}" if fit else "", f"{cost.parameters / 1e3:.1f}", f"{cost.flops.total / 1e6:.2f}"]
             mark = "* " if row.layer in front else "  "
-            table.add_row(mark + row.layer, *cells, style="bold" if row is choice else None)
-        for row in self.rows:
-            if not row.runs:
-                table.add_row("  " + row.layer, row.status, style="dim")
-        return table
-
-    def __rich__(self) -> Table:
-        return self.table()
+            table.add_row(mark + row.layer, *cells[: len(heads)], style="bold" if row is choice else None)
+        yield table
+        yield "* no other layer is both faster and more accurate"
+        yield self.advice()
 
     @property
     def title(self) -> str:
@@ -170,27 +169,30 @@ class Comparison:
 
     def advice(self) -> str:
         """What the figures speak for, in words."""
-        best, choice = next(iter(self.ranked()), None), self.choice()
-        if best is None:
+        ranked = self.ranked()
+        if not ranked:
             return "No layer finished a run."
+        said = self._advise(ranked)
+        said = said[0].upper() + said[1:]
+        attention = [row for row in ranked if row.layer not in ("convolution", "identity")]
+        choice = self.choice()
+        if choice is None or choice in attention or not attention:
+            return said
+        return f"{said} Among the attention layers: {self._advise(attention)}"
+
+    def _advise(self, among: list[Row]) -> str:
+        best, choice, close = among[0], self.choice(among), self.close(among)
         top = f"{best.layer} is the most accurate ({100 * best.accuracy:.1f} %)"
-        if choice is None:
+        if choice is None or best.cost is None or choice.cost is None:
             return f"{top}. Nothing was measured."
-        assert choice.cost is not None
-        others = len(self.tied()) - 1
         if choice is best:
-            rest = (
-                f"also the fastest of the {others + 1} that cannot be told apart from it"
-                if others
-                else "ahead of all others"
-            )
-            return f"Use {best.layer}: it is the most accurate ({100 * best.accuracy:.1f} %) and {rest}."
+            rest = f"the fastest of the {len(close)} within one standard error of it" if len(close) > 1 else "ahead of the others"
+            return f"use {best.layer}, the most accurate ({100 * best.accuracy:.1f} %) and {rest}."
         behind, error = gap(best, choice)
-        assert best.cost is not None
-        ratio = best.cost.forward.median / choice.cost.forward.median
         return (
-            f"Use {choice.layer}: {top}, but {choice.layer} ({100 * choice.accuracy:.1f} %) cannot be told apart from it "
-            f"({100 * behind:.1f} ± {100 * error:.1f} points behind) and is {ratio:.1f} times as fast."
+            f"use {choice.layer}: {top}, but {choice.layer} ({100 * choice.accuracy:.1f} %) is within one standard error of it "
+            f"({100 * behind:.1f} ± {100 * error:.1f} points behind) and "
+            f"{best.cost.forward.median / choice.cost.forward.median:.1f} times as fast."
         )
 
     def save(self, out: str | Path | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -86,7 +87,7 @@ def _pareto(comparison: Comparison) -> str:
     return f"""<h2 id="pareto">Accuracy against time</h2>
 <p class="soft">Up is more accurate, left is faster. Small dots are single seeds, marks their mean; filled marks, joined by the dashed
 line, are the front: no layer is both faster and more accurate. Point at anything for its figures.</p>
-<div class="card">{_key(comparison.measured())}{_both(lambda width: charts.pareto(comparison, width), 960.0)}</div>"""
+<div class="card">{_key(comparison.measured())}{_both(lambda width: charts.pareto(comparison, width), 1050.0)}</div>"""
 
 
 def _table(comparison: Comparison) -> str:
@@ -96,13 +97,13 @@ def _table(comparison: Comparison) -> str:
         ("layer", ""),
         ("accuracy", "% ± sd"),
         ("seeds", ""),
-        ("behind best", "points ± s.e."),
-        ("parameters", "thousands"),
-        ("FLOPs", "million an image"),
+        ("behind", "points ± s.e."),
+        ("params", "thousands"),
+        ("FLOPs", "M an image"),
         ("forward", f"ms, {batch} images"),
-        ("training step", f"ms, {batch} images"),
-        ("peak memory", "MB, training step"),
-        ("time grows as", "exponent ± s.e."),
+        ("step", f"ms, {batch} images"),
+        ("memory", "MB, one step"),
+        ("time", "~ tokens"),
     ]
     low = min((a for row in ranked for a in row.accuracies), default=0.0)
     high = max((a for row in ranked for a in row.accuracies), default=1.0)
@@ -118,7 +119,7 @@ def _table(comparison: Comparison) -> str:
             cells.append((cost.flops.total, f"{cost.flops.total / 1e6:.2f}"))
             cells += [(t.median, f'<span title="quartiles {t.low:.2f} and {t.high:.2f}">{t.median:.1f}</span>') for t in (cost.forward, cost.step)]
             cells.append((cost.step_memory, f"{cost.step_memory / 1e6:.1f}"))
-            cells.append(("", "") if fit is None else (fit.exponent, f"n<sup>{fit.exponent:.2f}</sup> ± {fit.error:.2f}"))
+            cells.append(("", "") if fit is None else (fit.exponent, f'<span title="standard error {fit.error:.2f}">n<sup>{fit.exponent:.2f}</sup></span>'))
         else:
             cells += [("", "")] * 6
         inside = "".join(f'<td data-value="{value}">{text}</td>' for value, text in cells)
@@ -135,8 +136,8 @@ def _table(comparison: Comparison) -> str:
         for name, unit in heads
     )
     return f"""<h2 id="table">All figures</h2>
-<p class="soft">● stands on the front; bold is the advice. “Behind best” compares image by image on the same test images. Click a
-heading to sort.</p>
+<p class="soft">● stands on the front; bold is the advice. “Behind” is the distance to the most accurate, image by image on the same test
+images. A step is forward, backward and update. Click a heading to sort.</p>
 <div class="card scroll"><table class="sortable"><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>"""
 
 
@@ -151,14 +152,14 @@ def _curves(comparison: Comparison) -> str:
     )
     return f"""<h2 id="curves">Learning curves</h2>
 <p class="soft">Accuracy on the test images (%) after each epoch: mean over seeds, band from the worst to the best seed, all other layers
-in grey.</p><div class="panels">{panels}</div>"""
+in grey. Accuracies are spaced by the logarithm of the error.</p><div class="panels">{panels}</div>"""
 
 
 def _growth(comparison: Comparison) -> str:
     rows = [row for row in comparison.measured() if row.scaling and row.scaling.tokens]
     shown = {w: [r for r in rows if r.scaling and (w == "time" or min(r.scaling.memory) > 0)] for w in ("time", "memory")}
     cards = "".join(
-        f'<div class="card"><h3>{name}</h3>{_both(lambda width, part=part, which=which: charts.growth(part, which, width), 480.0)}</div>'
+        f'<div class="card"><h3>{name}</h3>{_both(lambda width, part=part, which=which: charts.growth(part, which, width), 540.0)}</div>'
         for which, name in (("time", "Time"), ("memory", "Memory"))
         if (part := shown[which])
     )
@@ -178,7 +179,8 @@ grid ends and the next begins, padding makes lines uneven.</p><div class="pair">
 def _maps(comparison: Comparison) -> str:
     if not comparison.maps:
         return ""
-    top = max(3.0, math.ceil(sorted(v for m in comparison.maps for sample in m.received for v in sample)[-1] * 0.75))
+    shares = sorted(v for m in comparison.maps for sample in m.received for v in sample)
+    top = max(2.0, math.ceil(shares[int(0.98 * len(shares))]))
     pictures = [charts.picture(pixels) for pixels in comparison.samples]
     cells = ["<span></span>", *(f'<img alt="test image {i}" src="{src}">' for i, src in enumerate(pictures))]
     for found in comparison.maps:
@@ -200,22 +202,23 @@ image laid over it. 1 is a token's even share. <span class="ramp" style="backgro
 def _reading(comparison: Comparison) -> str:
     info = comparison.info
     settings, data = info["settings"], info["data"]
-    missed: dict[str, int] = {}
+    missed: Counter[str] = Counter()
     for row in comparison.measured():
         if row.cost:
-            missed |= row.cost.flops.missed
-    names = ", ".join(sorted(missed)) or "nothing"
+            missed.update(row.cost.flops.missed)
+    names = ", ".join(name for name, _ in missed.most_common(12)) or "nothing"
+    names += f" and {len(missed) - 12} rarer operators" if len(missed) > 12 else ""
     seeds = (
         "One seed says nothing about chance in training."
         if settings["seeds"] == 1
         else f"A deviation from {settings['seeds']} seeds is itself a rough figure; more seeds make it and the errors firmer."
     )
-    tied = ", ".join(row.layer for row in comparison.tied())
-    together = f" On these data that is true of: {tied}." if len(comparison.tied()) > 1 else ""
+    close = ", ".join(row.layer for row in comparison.close())
     return f"""<h2 id="reading">How to read it, and what falls short</h2>
 <ul>
-<li>Two layers are called not to be told apart when one is behind the other by less than two standard errors of the difference. The
-error counts chance in the choice of the {data["test"]} test images and in the seeds.{escape(together)} {seeds}</li>
+<li>The advice is the fastest layer that is no more than one standard error behind the most accurate. On these data that leaves:
+{escape(close)}. The error is that of the difference on the same {data["test"]} test images, with the spread over seeds; only what is
+behind by two errors or more is surely behind. {seeds}</li>
 <li>The figure of a run is that of its last epoch, not of its best; no epoch or setting was chosen by the test images.</li>
 <li>Under one seed all networks start from the same numbers outside the slot and see the images in the same order.</li>
 <li>Every layer runs with its own default settings and the same recipe. A layer that wants another learning rate, longer training or a

@@ -22,11 +22,10 @@ def naive(
 ) -> Float[Tensor, "b n c"]:
     """One head after the other, each with a copy of the key head that it reads."""
     q, k, v = layer.project(x, x if context is None else context)
-    allowed = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool)
-    if mask is not None:
-        allowed = allowed & expand_mask(mask)
-    if layer.causal:
-        allowed = merge_masks(allowed, causal_mask(q.shape[2], k.shape[2]))
+    everything = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool)
+    past = causal_mask(q.shape[2], k.shape[2]) if layer.causal else everything
+    allowed = merge_masks(everything, past, expand_mask(mask))
+    assert allowed is not None
     outs = []
     for head in range(layer.num_heads):
         shared = head // (layer.num_heads // layer.num_kv_heads)
@@ -55,16 +54,16 @@ class DecodeCost:
     "multi-query-attention",
     kind="layer",
     tags=Tags(cross=True, causal=True, mask=True, cache=True, grouped=True, equivariant=True),
-    example=dict(dim=32, num_heads=4),
+    example={"dim": 32, "num_heads": 4},
     naive=naive,
 )
 class MultiQueryAttention(Attention):
     r"""Attention in which all query heads share one head of keys and values, or one per group of query heads.
 
     Decoding token by token re-reads every cached key and value; with one shared head there are ``num_heads`` times
-    fewer of them, while training costs nearly what it did. ``num_kv_heads`` between 1 and ``num_heads`` is grouped-query
-    attention; ``num_kv_heads=num_heads`` is multi-head attention. Query head i reads key head
-    ``i // (num_heads // num_kv_heads)``.
+    fewer of them, while training costs nearly what it did. ``num_kv_heads`` between 1 and ``num_heads`` is
+    grouped-query attention; ``num_kv_heads=num_heads`` is multi-head attention. Query head i reads key head ``i //
+    (num_heads // num_kv_heads)``.
 
     .. math:: y = \sum_h \mathrm{softmax}\big(x W^q_h (x W^k)^\top / \sqrt d\big)\, x W^v \, W^o_h
 
@@ -84,9 +83,9 @@ class MultiQueryAttention(Attention):
     Raises:
         ValueError: heads that do not divide, ``rope`` with an odd ``head_dim`` or with a context.
 
-    Cost: with g key heads, the projections have 2 c d g parameters for keys and values instead of 2 c d h, and the cache
-    2 g d numbers per token instead of 2 h d. In one decoding step :meth:`decode_cost` moves
-    :math:`\Theta(1/c + s/(ch) + 1/b)` numbers per multiplication, multi-head attention :math:`\Theta(s/c + 1/b)`.
+    Cost: with g key heads, the projections have 2 c d g parameters for keys and values instead of 2 c d h, and the
+    cache 2 g d numbers per token instead of 2 h d. In one decoding step :meth:`decode_cost` moves :math:`\Theta(1/c +
+    s/(ch) + 1/b)` numbers per multiplication, multi-head attention :math:`\Theta(s/c + 1/b)`.
 
     Example:
         >>> layer = MultiQueryAttention(dim=32, num_heads=4, causal=True)
@@ -138,8 +137,8 @@ class MultiQueryAttention(Attention):
     def decode_cost(self, length: int, batch: int = 1) -> DecodeCost:
         """The cost of one step for ``batch`` sequences that have ``length`` tokens with the new one.
 
-        Weights and cache are read once, tokens come in and go out once; the softmax is not counted. The cache is that of
-        the dtype of the parameters.
+        Weights and cache are read once, tokens come in and go out once; the softmax is not counted. The cache is that
+        of the dtype of the parameters.
         """
         weights = sum(linear.weight.numel() for linear in (self.q, self.k, self.v, self.out))
         held = 2 * batch * self.num_kv_heads * self.head_dim * length

@@ -23,9 +23,9 @@ def naive(
     """One query and one key after the other."""
     q, k, v = layer.project(x, x if context is None else context)
     (b, h, l, d), s = q.shape, k.shape[2]
-    allowed = merge_masks(torch.ones(b, h, l, s, dtype=torch.bool), expand_mask(mask))
-    if layer.causal:
-        allowed = merge_masks(allowed, causal_mask(l, s))
+    everything = torch.ones(b, h, l, s, dtype=torch.bool)
+    allowed = merge_masks(everything, causal_mask(l, s) if layer.causal else None, expand_mask(mask))
+    assert allowed is not None
     rows = []
     for i in range(b):
         for t in range(l):
@@ -39,13 +39,13 @@ def naive(
                         out = out + score * v[i, shared, j]
                 heads.append(out)
             o = torch.cat(heads)
-            y = layer.norm.weight * o / (o.square().mean() + layer.norm.eps).sqrt()
-            rows.append(y / (1 + (-layer.norm.gate * o).exp()) if isinstance(layer, ReLAGated) else y)
+            y = layer.norm.weight * o / (o.square().mean() + layer.eps).sqrt()
+            rows.append(y / (1 + (-layer.norm.gate * o).exp()) if isinstance(layer.norm, GatedRMSNorm) else y)
     return layer.out(torch.stack(rows).view(b, l, h * d))
 
 
 class GatedRMSNorm(nn.RMSNorm):
-    r"""Root-mean-square norm whose output is gated by its input, :math:`\mathrm{RMSNorm}(x) \odot \sigma(w \odot x)`."""
+    r"""Root-mean-square norm gated by its own input, :math:`\mathrm{RMSNorm}(x) \odot \sigma(w \odot x)`."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
@@ -81,7 +81,8 @@ class RectifiedLinearAttention(Attention, ABC):
         )
         if eps <= 0.0:
             raise ValueError(f"eps={eps} must be positive")
-        self.norm = self.make_norm(eps)
+        self.eps = eps
+        self.norm = self.make_norm()
 
     def normalize(self, scores: Weights, mask: Tensor | None) -> Weights:
         return normalizers.relu(scores, mask)
@@ -90,7 +91,7 @@ class RectifiedLinearAttention(Attention, ABC):
         return self.out(self.norm(out.transpose(1, 2).flatten(2)))
 
     @abstractmethod
-    def make_norm(self, eps: float) -> nn.RMSNorm:
+    def make_norm(self) -> nn.RMSNorm:
         """A norm over the channels of all heads, as the paper's form starts it."""
 
 
@@ -98,7 +99,7 @@ class RectifiedLinearAttention(Attention, ABC):
     "rela",
     kind="layer",
     tags=Tags(cross=True, causal=True, mask=True, cache=True, grouped=True, equivariant=True),
-    example=dict(dim=32, num_heads=4),
+    example={"dim": 32, "num_heads": 4},
     naive=naive,
 )
 class ReLAGated(RectifiedLinearAttention):
@@ -132,7 +133,8 @@ class ReLAGated(RectifiedLinearAttention):
     Raises:
         ValueError: heads that do not divide, ``eps`` that is not positive.
 
-    Cost: that of softmax attention with the matrix in the open, 4 b n s c FLOPs and b h n s weights; 2 c more parameters.
+    Cost: that of softmax attention with the matrix in the open, 4 b n s c FLOPs and b h n s weights; 2 c more
+    parameters.
 
     Example:
         >>> layer = ReLAGated(dim=32, num_heads=4)
@@ -144,15 +146,15 @@ class ReLAGated(RectifiedLinearAttention):
         >>> bool((weights == 0).any() and (weights >= 0).all())
         True
 
-    Differs: the official code multiplies masked scores by zero before the ReLU; here masked weights are set to zero after
-    it, which is the same. Grouped key heads are an addition. The gate starts uniform in :math:`\pm\sqrt{3 / c}`, what the
-    official training settings give.
+    Differs: the official code multiplies masked scores by zero before the ReLU; here masked weights are set to zero
+    after it, which is the same. Grouped key heads are an addition. The gate starts uniform in :math:`\pm\sqrt{3 / c}`,
+    what the official training settings give.
 
     Reference: Biao Zhang, Ivan Titov, Rico Sennrich, Sparse Attention with Linear Units, EMNLP 2021, arXiv:2104.07012.
     """
 
-    def make_norm(self, eps: float) -> nn.RMSNorm:
-        return GatedRMSNorm(self.num_heads * self.head_dim, eps)
+    def make_norm(self) -> nn.RMSNorm:
+        return GatedRMSNorm(self.num_heads * self.head_dim, self.eps)
 
 
 @method(
@@ -160,7 +162,7 @@ class ReLAGated(RectifiedLinearAttention):
     kind="layer",
     paper="rela",
     tags=Tags(cross=True, causal=True, mask=True, cache=True, grouped=True, equivariant=True),
-    example=dict(dim=32, num_heads=4),
+    example={"dim": 32, "num_heads": 4},
     naive=naive,
 )
 class ReLAInit(RectifiedLinearAttention):
@@ -201,8 +203,8 @@ class ReLAInit(RectifiedLinearAttention):
     Reference: Biao Zhang, Ivan Titov, Rico Sennrich, Sparse Attention with Linear Units, EMNLP 2021, arXiv:2104.07012.
     """
 
-    def make_norm(self, eps: float) -> nn.RMSNorm:
-        norm = nn.RMSNorm(self.num_heads * self.head_dim, eps)
+    def make_norm(self) -> nn.RMSNorm:
+        norm = nn.RMSNorm(self.num_heads * self.head_dim, self.eps)
         nn.init.uniform_(norm.weight, -sqrt(3 / self.head_dim), sqrt(3 / self.head_dim))
         return norm
 

@@ -27,12 +27,13 @@ def naive(
     (b, h, l, d), (g, s) = q.shape, k.shape[1:3]
     at = torch.arange(l).expand(b, l) if positions is None else positions
     at_v = at if context is None else torch.arange(s).expand(b, s)
-    allowed = merge_masks(torch.ones(b, h, l, s, dtype=torch.bool), expand_mask(mask))
-    if layer.causal:
-        allowed = merge_masks(allowed, causal_mask(l, s))
+    everything = torch.ones(b, h, l, s, dtype=torch.bool)
+    allowed = merge_masks(everything, causal_mask(l, s) if layer.causal else None, expand_mask(mask))
+    assert allowed is not None
 
     def tau(temperature: Temperature, heads: Tensor, i: int, head: int, t: int, place: Tensor) -> Tensor:
-        token = (F.gelu(heads[i, head, t]) * temperature.token.weight[head, 0]).sum().tanh()
+        w = temperature.token.get_parameter("weight")[head, 0]
+        token = (F.gelu(heads[i, head, t]) * w).sum().tanh()
         return token + 1 + temperature.slope() * (place[i, t] + 1.0).double().log()
 
     rows = []
@@ -124,24 +125,24 @@ class Temperature(nn.Module):
     "selective-self-attention",
     kind="layer",
     tags=Tags(cross=True, causal=True, mask=True, cache=True, grouped=True),
-    example=dict(dim=32, num_heads=4),
+    example={"dim": 32, "num_heads": 4},
     naive=naive,
 )
 class SelectiveSelfAttention(Attention):
     r"""Attention in which a learned temperature scales each query, for sharpness, and each value, for its contribution.
 
     What a query attends to and how sparsely it does so are one quantity in softmax attention, the size of its scores.
-    Here the direction of a query says what, and :math:`\tau_q` how sharply; sharpness may also grow with the position, so
-    that attention does not thin out over a long context. :math:`\tau_v` turns noisy tokens down. Only queries and values
-    are scaled, so the fused kernel and the cache stay what they are.
+    Here the direction of a query says what, and :math:`\tau_q` how sharply; sharpness may also grow with the position,
+    so that attention does not thin out over a long context. :math:`\tau_v` turns noisy tokens down. Only queries and
+    values are scaled, so the fused kernel and the cache stay what they are.
 
     .. math::
 
         y = \mathrm{softmax}\big(\tau_q\, q\, k^\top / \sqrt d\big)\, (\tau_v\, v), \qquad
         \tau(x, n) = \tanh(f(x)) + 1 + \sigma(\alpha) \log n
 
-    with n = 1 for the first token, :math:`f(x) = w_h \cdot \mathrm{GELU}(x W_h)` on the projection that is scaled, w per
-    head and :math:`\alpha` per layer, one pair for queries and one for values.
+    with n = 1 for the first token, :math:`f(x) = w_h \cdot \mathrm{GELU}(x W_h)` on the projection that is scaled, w
+    per head and :math:`\alpha` per layer, one pair for queries and one for values.
 
     Args:
         dim: channels in and out.
@@ -153,9 +154,9 @@ class SelectiveSelfAttention(Attention):
         bias: of the projections to q, k and v.
         dropout: of the weights, in training.
 
-    Shape: x (b, n, dim), context (b, s, context_dim) -> (b, n, dim); weights (b, num_heads, n, s). ``positions`` (b, n),
-    counted from 0, are those of x where they are not 0 .. n - 1 after what is cached, as in a batch padded on the left.
-    The tokens of a context stand at 0 .. s - 1.
+    Shape: x (b, n, dim), context (b, s, context_dim) -> (b, n, dim); weights (b, num_heads, n, s). ``positions`` (b,
+    n), counted from 0, are those of x where they are not 0 .. n - 1 after what is cached, as in a batch padded on the
+    left. The tokens of a context stand at 0 .. s - 1.
 
     Raises:
         ValueError: heads that do not divide, positions of another shape or below 0.
@@ -171,12 +172,12 @@ class SelectiveSelfAttention(Attention):
         >>> layer.q_temperature(q, torch.arange(7)).shape
         torch.Size([2, 4, 7])
 
-    Differs: keys are not scaled (the paper finds little in it). The vector w starts at zero and :math:`\alpha` at -6, so
-    that a layer begins within :math:`0.0025 \log n` of plain attention. How weights are shared is a reading of the paper:
-    its code holds only the position's part, for queries, with another slope (:class:`GompertzSelfAttention`).
+    Differs: keys are not scaled (the paper finds little in it). The vector w starts at zero and :math:`\alpha` at -6,
+    so that a layer begins within :math:`0.0025 \log n` of plain attention. How weights are shared is a reading of the
+    paper: its code holds only the position's part, for queries, with another slope (:class:`GompertzSelfAttention`).
 
-    Reference: Xuechen Zhang, Xiangyu Chang, Mingchen Li, Amit Roy-Chowdhury, Jiasi Chen, Samet Oymak, Selective Attention:
-    Enhancing Transformer through Principled Context Control, NeurIPS 2024, arXiv:2411.12892.
+    Reference: Xuechen Zhang, Xiangyu Chang, Mingchen Li, Amit Roy-Chowdhury, Jiasi Chen, Samet Oymak, Selective
+    Attention: Enhancing Transformer through Principled Context Control, NeurIPS 2024, arXiv:2411.12892.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class SelectiveSelfAttention(Attention):
     kind="layer",
     paper="selective-self-attention",
     tags=Tags(cross=True, causal=True, mask=True, cache=True, grouped=True),
-    example=dict(dim=32, num_heads=4),
+    example={"dim": 32, "num_heads": 4},
     naive=naive,
 )
 class GompertzSelfAttention(SelectiveSelfAttention):
@@ -262,8 +263,8 @@ class GompertzSelfAttention(SelectiveSelfAttention):
     Differs: the official code multiplies the scores of a query, and has no part that depends on the token and none for
     values; here they start at nothing, and values have the same slope as queries.
 
-    Reference: Xuechen Zhang, Xiangyu Chang, Mingchen Li, Amit Roy-Chowdhury, Jiasi Chen, Samet Oymak, Selective Attention:
-    Enhancing Transformer through Principled Context Control, NeurIPS 2024, arXiv:2411.12892.
+    Reference: Xuechen Zhang, Xiangyu Chang, Mingchen Li, Amit Roy-Chowdhury, Jiasi Chen, Samet Oymak, Selective
+    Attention: Enhancing Transformer through Principled Context Control, NeurIPS 2024, arXiv:2411.12892.
     """
 
     def make_slope(self) -> nn.Module:

@@ -140,14 +140,14 @@ def naive(layer: MoBA, x: Tensor, *, mask: Tensor | None = None) -> Float[Tensor
         grouped=True,
         xfail={"mask_forms": "which blocks a query reads follows from one set of keys: the mask is (b, s)"},
     ),
-    example=dict(dim=32, num_heads=4, block_size=4, topk=2),
+    example={"dim": 32, "num_heads": 4, "block_size": 4, "topk": 2},
     naive=naive,
 )
 class MoBA(Attention):
     r"""Causal attention in which each query and head reads its own block of keys and the best fitting past blocks.
 
-    Keys are cut into blocks. A query goes, like a token to its experts, to the ``topk - 1`` past blocks whose mean key has
-    the largest dot product with it, and always to its own. There is no parameter more than in attention, so that
+    Keys are cut into blocks. A query goes, like a token to its experts, to the ``topk - 1`` past blocks whose mean key
+    has the largest dot product with it, and always to its own. There is no parameter more than in attention, so that
     :meth:`set_full` switches between the two in the middle of training.
 
     .. math::
@@ -166,14 +166,14 @@ class MoBA(Attention):
         full: begin with attention to the whole past.
         bias: of the projections to q, k and v.
 
-    Shape: x (b, n, dim) -> (b, n, dim). ``mask`` is (b, s), tokens that exist. Blocks are counted from the first token, so
-    that padding on the left moves them; with a ``cache`` they are counted from the first token that it holds.
+    Shape: x (b, n, dim) -> (b, n, dim). ``mask`` is (b, s), tokens that exist. Blocks are counted from the first token,
+    so that padding on the left moves them; with a ``cache`` they are counted from the first token that it holds.
 
     Raises:
         ValueError: a block size or ``topk`` below 1, a context, a mask that differs between queries.
 
-    Cost: 4 b n topk block_size c FLOPs for attention, and 2 b n (n / block_size) c with b h n (n / block_size) numbers for
-    the choice. The cache is that of attention.
+    Cost: 4 b n topk block_size c FLOPs for attention, and 2 b n (n / block_size) c with b h n (n / block_size) numbers
+    for the choice. The cache is that of attention.
 
     Example:
         >>> layer = MoBA(dim=32, num_heads=4, block_size=4, topk=2)
@@ -182,12 +182,12 @@ class MoBA(Attention):
         torch.Size([1, 17, 32])
         >>> q, k, _ = layer.project(x, x)
         >>> blocks, used = moba_gate(q, k, block_size=4, topk=2)
-        >>> int(blocks[0, 0, 16, 0]), int(used[0, 0, 2].sum())  # the last token's own block; the first block has no past
+        >>> int(blocks[0, 0, 16, 0]), int(used[0, 0, 2].sum())  # own block of the last token; no past in block 0
         (4, 1)
 
     Differs: with a cache the blocks are chosen as without; the paper decodes with full attention, which is
-    ``set_full(True)`` after the prompt. Masked keys are left out of the means. There is no dropout of weights. Later tokens
-    may change the order in which an earlier output is summed, and so its last digit.
+    ``set_full(True)`` after the prompt. Masked keys are left out of the means. There is no dropout of weights. Later
+    tokens may change the order in which an earlier output is summed, and so its last digit.
 
     Reference: Enzhe Lu et al., MoBA: Mixture of Block Attention for Long-Context LLMs, 2025, arXiv:2502.13189.
     """

@@ -28,9 +28,7 @@ def _gather(x: Shaped[Tensor, "b r p c"], index: Int[Tensor, "b q k"]) -> Shaped
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape[:2], index.shape[2] * p, c)
 
 
-def _naive(
-    layer: BiLevelRoutingAttention, x: Tensor, *, grid: tuple[int, int], mask: Tensor | None = None
-) -> Tensor:
+def _naive(layer: BiLevelRoutingAttention, x: Tensor, *, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
     """Dense attention under the mask "the key's region was chosen by the query's region", token by token."""
     s, (height, width) = layer.regions, grid
     token = torch.arange(x.shape[1])
@@ -52,7 +50,7 @@ def _naive(
     "biformer",
     kind="layer",
     tags=Tags(input="grid", mask=True),
-    example=dict(dim=32, num_heads=4, regions=3, topk=2),
+    example={"dim": 32, "num_heads": 4, "regions": 3, "topk": 2},
     naive=_naive,
 )
 class BiLevelRoutingAttention(nn.Module):

@@ -48,6 +48,7 @@ def _naive(layer: FocusedLinearAttention, x: Tensor, *, grid: tuple[int, int], m
     image = v.masked_fill(~real[:, None, :, None], 0.0).unflatten(2, grid)
     r = layer.dwc.kernel_size[0] // 2
     image = F.pad(image, (0, 0, r, r, r, r))
+    assert layer.dwc.bias is not None
     local = layer.dwc.bias.expand(b, layer.num_heads, height, width, -1)
     for i in range(2 * r + 1):
         for j in range(2 * r + 1):
@@ -55,7 +56,13 @@ def _naive(layer: FocusedLinearAttention, x: Tensor, *, grid: tuple[int, int], m
     return layer.proj((out + local.flatten(2, 3)).transpose(1, 2).flatten(2))
 
 
-@method("flatten", kind="layer", tags=Tags(input="grid", mask=True), example=dict(dim=32, num_heads=4, size=(3, 5)), naive=_naive)
+@method(
+    "flatten",
+    kind="layer",
+    tags=Tags(input="grid", mask=True),
+    example={"dim": 32, "num_heads": 4, "size": (3, 5)},
+    naive=_naive,
+)
 class FocusedLinearAttention(nn.Module):
     r"""Linear attention made sharp by a power map and full-rank by a depthwise convolution of the values.
 

@@ -43,7 +43,7 @@ def _naive(layer: HiLoAttention, x: Tensor, *, grid: tuple[int, int], mask: Tens
     "hilo",
     kind="layer",
     tags=Tags(input="grid", mask=True),
-    example=dict(dim=32, num_heads=4),
+    example={"dim": 32, "num_heads": 4},
     naive=_naive,
 )
 class HiLoAttention(nn.Module):

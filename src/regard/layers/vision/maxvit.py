@@ -95,9 +95,7 @@ class PartitionAttention(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), approximate=approximate)
         self.drop_path = DropPath(drop_path)
 
-    def mix(
-        self, x: Float[Tensor, "b H W c"], valid: Bool[Tensor, "b H W"] | None = None
-    ) -> Float[Tensor, "b H W c"]:
+    def mix(self, x: Float[Tensor, "b H W c"], valid: Bool[Tensor, "b H W"] | None = None) -> Float[Tensor, "b H W c"]:
         """Attention inside every part; sides that the window does not divide are padded, the padding masked."""
         size = self.attn.window_size
         padded, valid = pad_map(x, valid, size)
@@ -147,7 +145,7 @@ def _naive(layer: MaxAttention, x: Tensor, *, grid: tuple[int, int], mask: Tenso
     "maxvit",
     kind="layer",
     tags=Tags(input="grid", mask=True),
-    example=dict(dim=32, num_heads=4, window_size=2),
+    example={"dim": 32, "num_heads": 4, "window_size": 2},
     naive=_naive,
 )
 class MaxAttention(nn.Module):

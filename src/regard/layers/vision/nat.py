@@ -31,7 +31,8 @@ class _Axis(NamedTuple):
 
 
 def _axis(length: int, kernel: int, dilation: int, device: torch.device) -> _Axis:
-    order, start = [], []
+    order: list[int] = []
+    start: list[int] = []
     for residue in range(dilation):
         base, members = len(order), range(residue, length, dilation)
         order += members
@@ -109,7 +110,12 @@ def neighborhood_attention(
     queries, keys, values = _tiles(q, y.queries, x.queries), _tiles(k, y.keys, x.keys), _tiles(v, y.keys, x.keys)
     out = attend(queries, keys, values, mask=keep, bias=bias, dropout=dropout)
     (i, t), (j, u) = y.queries.shape, x.queries.shape
-    out = out.view(q.shape[0], i, j, q.shape[1], t, u, out.shape[-1]).permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
+    out = (
+        out.view(q.shape[0], i, j, q.shape[1], t, u, out.shape[-1])
+        .permute(0, 3, 1, 4, 2, 5, 6)
+        .flatten(4, 5)
+        .flatten(2, 3)
+    )
     return out.index_select(2, y.place).index_select(3, x.place).flatten(2, 3)
 
 
@@ -131,7 +137,7 @@ def _naive(layer: NeighborhoodAttention, x: Tensor, *, grid: tuple[int, int], ma
     "nat",
     kind="layer",
     tags=Tags(input="grid", mask=True),
-    example=dict(dim=32, num_heads=4, kernel_size=3),
+    example={"dim": 32, "num_heads": 4, "kernel_size": 3},
     naive=_naive,
 )
 class NeighborhoodAttention(nn.Module):
@@ -220,11 +226,14 @@ class NeighborhoodAttention(nn.Module):
         sides = (image.shape[1], image.shape[2])
         kernels, dilations = self.clamped(sides)
         rows, columns = (slice(self.kernel_size - k, self.kernel_size + k - 1) for k in kernels)
+        q, k, v = self.project(x)
         out = neighborhood_attention(
-            *self.project(x),
-            grid=sides,
-            kernel_size=kernels,
-            dilation=dilations,
+            q,
+            k,
+            v,
+            sides,
+            kernels,
+            dilations,
             bias=self.rpb[:, rows, columns],
             mask=mask,
             dropout=self.dropout if self.training else 0.0,
