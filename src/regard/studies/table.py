@@ -31,7 +31,8 @@ class Table:
                 raise ValueError(f"rows[{i}]={row} has {len(row)} values for {len(self.columns)} columns")
             for name, value, first in zip(self.columns, row, self.rows[0]):
                 if type(value) not in (bool, int, float, str) or type(value) is not type(first):
-                    raise ValueError(f"rows[{i}], column {name!r} is {value!r}; expected a {type(first).__name__}")
+                    expected = type(first).__name__ if i else "plain value"
+                    raise ValueError(f"rows[{i}], column {name!r} is {value!r}; expected a {expected}")
 
     @classmethod
     def build(
