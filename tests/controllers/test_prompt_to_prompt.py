@@ -97,7 +97,8 @@ SOURCE, EDITED = "a red circle", "a green circle"
 @pytest.mark.parametrize("guided", [True, False])
 def test_one_prompt_twice_gives_one_image_twice(guided: bool) -> None:
     both = sample(unet(), [SOURCE, SOURCE], control([SOURCE, SOURCE], guided=guided), guided)
-    assert torch.equal(both[-1][0], both[-1][1])
+    # The host's own convolutions differ in the last bit between the rows of a batch of two, with or without a controller.
+    torch.testing.assert_close(both[-1][0], both[-1][1], atol=0 if guided else 1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("guided", [True, False])

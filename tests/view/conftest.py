@@ -7,14 +7,21 @@ import pytest
 from regard.view.compare import compare
 from regard.view.comparison import Comparison
 
-LAYERS = ["attention", "convolution"]
-SMALL = {"seeds": 2, "epochs": 1, "dim": 8, "depth": (1,), "patch": 2, "sides": (14, 15, 16), "workers": 2, "progress": False}
-
-
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    out = tmp_path_factory.mktemp("compare") / "out"
-    return compare(LAYERS, "small-digits", out=out, **SMALL)  # type: ignore[arg-type]
+    return compare(
+        ["attention", "convolution"],
+        "small-digits",
+        out=tmp_path_factory.mktemp("compare") / "out",
+        seeds=2,
+        epochs=1,
+        dim=8,
+        depth=(1,),
+        patch=2,
+        sides=(14, 15, 16),
+        workers=2,
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="session")

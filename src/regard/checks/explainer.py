@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import regard
 from regard.catalog.registry import Method
 from regard.checks.contract import Skip, contract
 from regard.checks.samples import finite, random, stir
+from regard.core.explain import explain
+from regard.core.tokens import tokens
 from regard.nn.attention import Attention
 
 GRID = (3, 4)
@@ -56,6 +57,8 @@ def _model(seed: int = 0) -> TinyViT:
     torch.manual_seed(seed)
     model = TinyViT()
     stir(model, seed)
+    layout = f"cls + image[{GRID[0]},{GRID[1]}]"
+    tokens(model, q=layout, k=layout)
     return model.eval()
 
 
@@ -65,7 +68,7 @@ def _image() -> Tensor:
 
 def _map(method: Method, model: nn.Module) -> Tensor:
     torch.manual_seed(0)
-    return regard.explain(model, _image(), method.create(**method.example), target=1).values
+    return explain(model, _image(), method.create(**method.example), target=1).values
 
 
 def _claimed(method: Method, claim: str) -> None:

@@ -26,6 +26,8 @@ def _made(method: Method) -> Any:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _tensors(inner)
