@@ -30,7 +30,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[data,view]'
+	$(BIN)/python -m pip install --quiet --editable '.[compare]'
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml

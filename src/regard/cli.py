@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regard.view.command import compare_command
+
 if TYPE_CHECKING:
     from regard.catalog.papers import Paper
 
 app = typer.Typer(help="One PyTorch toolkit for attention.", no_args_is_help=True, add_completion=False)
+
+app.command("compare")(compare_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -129,3 +133,113 @@ def cite(slugs: Annotated[list[str], typer.Argument(metavar="SLUG...")]) -> None
     with _bad_input():
         found = [get(slug) for slug in slugs]
     typer.echo("\n\n".join(map(bibtex, found)))
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="timm name, torchvision:NAME, or transformers:FOLDER.")],
+    where: Annotated[str, typer.Option(help="Names with *, or self, cross, joint, pool, channel.")] = "*",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Fetch the library's weights; default random.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List every attention site of a model, verified or refused with the reason."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from regard.core.site import sites as find
+    from regard.hosts.open import open_model
+
+    with _bad_input():
+        opened = open_model(model, pretrained=pretrained)
+        found = find(opened.model, **opened.inputs)
+        if where != "*":
+            try:
+                picked = found[where]
+            except KeyError as error:
+                raise ValueError(error.args[0]) from None
+            found = picked if isinstance(picked, list) else type(found)([picked])
+    if as_json:
+        _print_json([{**asdict(s), "tokens_q": str(s.tokens_q), "tokens_k": str(s.tokens_k)} for s in found])
+    else:
+        Console().print(found)
+
+
+@app.command()
+def explain(
+    image: Annotated[str, typer.Argument(help="An image file.")],
+    model: Annotated[
+        str, typer.Option(help="timm name, torchvision:NAME, or transformers:FOLDER.")
+    ] = "vit_tiny_patch16_224",
+    method: Annotated[str, typer.Option(help="An explainer.")] = "generic-attribution",
+    target: Annotated[int | None, typer.Option(help="Class to explain; default the predicted one.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A safetensors file with the model's state.")] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Fetch the library's weights; default random.")
+    ] = False,
+    out: Annotated[str, typer.Option(help="The picture to write.")] = "map.png",
+) -> None:
+    """Explain what in an image a prediction rests on, as a picture."""
+    from regard.core.explain import explain as run
+    from regard.hosts.open import open_model
+
+    with _bad_input():
+        opened = open_model(model, pretrained=pretrained, weights=weights)
+        if weights is None and not pretrained:
+            typer.echo("regard: the model has random weights: the map shows how it works, not what it knows", err=True)
+        found = run(opened.model, opened.image(image), method, target=target)
+        path = found.save(out)
+    typer.echo(path)
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="Registry name.")],
+    only: Annotated[list[str] | None, typer.Option(help="Run this check; again for more.")] = None,
+) -> None:
+    """Run the conformance checks of a method; exit code 1 when one fails."""
+    from rich.console import Console
+
+    from regard.checks.run import check as run
+
+    with _bad_input():
+        report = run(method, only=only)
+    Console().print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG...]")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every claim that is stale or was never run.")] = False,
+    budget: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "cpu",
+    seeds: Annotated[int | None, typer.Option(help="Default the claim's own.")] = None,
+    out: Annotated[str, typer.Option(help="Folder of the results.")] = "results",
+    as_json: Json = False,
+) -> None:
+    """Re-run the central claim of papers and store what came out; exit code 1 when one is not met."""
+    from rich.console import Console
+
+    from regard.claims.reproduce import claims, stored
+    from regard.claims.reproduce import reproduce as run
+
+    console = Console(stderr=as_json)
+    with _bad_input():
+        wanted = list(slugs or [])
+        if every:
+            fresh = {s for s in claims() if (known := stored(s, out)) and not known["stale"]}
+            wanted += [s for s in claims() if s not in fresh]
+        elif not wanted:
+            raise ValueError(f"name a claim, or --all; there are {', '.join(claims())}")
+        results = []
+        for slug in wanted:
+            with console.status(f"{slug} ({budget})"):
+                results.append(run(slug, budget=budget, seeds=seeds, out=out))  # type: ignore[arg-type]
+            console.print(results[-1])
+    if as_json:
+        _print_json([r.to_json() for r in results])
+    if not all(r.passed for r in results):
+        raise typer.Exit(1)

@@ -173,6 +173,17 @@ class LeavesGradients(Visits):
         model.head.bias.grad = torch.ones(5)
 
 
+class LeavesHooksOnFailure(Visits):
+    """Takes its hook away when the map is made, which a failure prevents."""
+
+    def visit(self, model: Any) -> None:
+        self.hook = model.head.register_forward_hook(lambda *_: None)
+
+    def explain(self, evidence: Any) -> Tensor:
+        self.hook.remove()
+        return super().explain(evidence)
+
+
 class LeavesTraining(Visits):
     def visit(self, model: Any) -> None:
         model.train()
@@ -211,6 +222,7 @@ BROKEN: list[tuple[Any, Any, str, str]] = [
     ("explainer", AlwaysTheCentre, "map_depends_on_the_parameters", "same map"),
     ("explainer", Ramp, "uniform_weights_give_a_uniform_map", "varies by"),
     ("explainer", LeavesHooks, "explainer_leaves_nothing_behind", "head: hooks"),
+    ("explainer", LeavesHooksOnFailure, "explainer_leaves_nothing_behind", "a model that failed"),
     ("explainer", LeavesGradients, "explainer_leaves_nothing_behind", "head.bias: gradient"),
     ("explainer", LeavesTraining, "explainer_leaves_nothing_behind", "head: training"),
     ("explainer", Steps, "explainer_leaves_nothing_behind", "head.bias: sum"),

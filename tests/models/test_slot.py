@@ -124,7 +124,9 @@ def test_somebody_elses_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     registry._METHODS.pop("needs-four")
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("atention", "attention"), ("convolutoin", "convolution"), ("hillo", "hilo")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("atention", "attention"), ("convolutoin", "convolution"), ("hillo", "hilo")]
+)
 def test_unknown_layer_names_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(ValueError, match=rf"{wrong}.*nearest:.*\b{near}\b"):
         slot.mixer(wrong)

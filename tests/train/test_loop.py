@@ -68,7 +68,9 @@ def test_against_a_loop_written_out() -> None:
             rate = 3e-3 * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = F.cross_entropy(theirs((data.pixels[index].float() - 70) / 60), data.labels[index], label_smoothing=0.1)
+            loss = F.cross_entropy(
+                theirs((data.pixels[index].float() - 70) / 60), data.labels[index], label_smoothing=0.1
+            )
             optimizer.zero_grad()
             loss.backward()
             norm = torch.cat([weight.grad.flatten(), bias.grad]).norm()  # type: ignore[union-attr,list-item]

@@ -7,6 +7,7 @@ import pytest
 from regard.view.compare import compare
 from regard.view.comparison import Comparison
 
+
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare(

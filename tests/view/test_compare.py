@@ -26,7 +26,9 @@ from regard.view.command import compare_command
 from regard.view.compare import LAYERS, compare
 from regard.view.comparison import Comparison
 
-SMALL: dict[str, Any] = dict(seeds=2, epochs=1, dim=8, depth=(1,), patch=2, sides=(14, 15, 16), workers=2, progress=False)
+SMALL: dict[str, Any] = dict(
+    seeds=2, epochs=1, dim=8, depth=(1,), patch=2, sides=(14, 15, 16), workers=2, progress=False
+)
 app = Typer()
 app.command()(compare_command)
 
@@ -94,7 +96,9 @@ def test_loaded_again(comparison: Comparison, out: Path) -> None:
     assert again.front() == comparison.front()
 
 
-def test_the_same_seed_gives_the_same_run_here_and_in_a_worker(comparison: Comparison, out: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_here_and_in_a_worker(
+    comparison: Comparison, out: Path, tmp_path: Path
+) -> None:
     (done,) = (run for row in comparison.rows for run in row.runs if (row.layer, run["seed"]) == ("attention", 1))
     run = Run.read({key: done[key] for key in asdict(Run("", 0, "", ""))})
     again = train(lambda _: None, run=asdict(run), data=str(out / "data.safetensors"), folder=str(tmp_path))
@@ -173,7 +177,9 @@ def test_layers_that_cannot_or_fail_are_in_the_table(tmp_path: Path, monkeypatch
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     data = str(folder(tmp_path / "data"))
-    found = compare(["identity", "odd:Refuses", "odd:Dies"], data, out=tmp_path / "out", size=8, **{**SMALL, "seeds": 1})
+    found = compare(
+        ["identity", "odd:Refuses", "odd:Dies"], data, out=tmp_path / "out", size=8, **{**SMALL, "seeds": 1}
+    )
     rows = {row.layer: row for row in found.rows}
     assert rows["identity"].status == "done"
     assert (rows["odd:Refuses"].status, rows["odd:Refuses"].reason) == ("not applicable", "ValueError: not today")
@@ -198,7 +204,9 @@ def test_broken_images_are_counted_and_named(tmp_path: Path, comparison: Compari
     assert "class1/torn.png" in report
 
 
-def test_a_full_disk_leaves_the_old_files(comparison: Comparison, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_files(
+    comparison: Comparison, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(out, tmp_path / "out")
     before = (tmp_path / "out" / "report.html").read_bytes()
 
@@ -256,7 +264,9 @@ def test_command_prints_a_table(comparison: Comparison, monkeypatch: pytest.Monk
         (("--epochs", "0"), "epochs=0"),
     ],
 )
-def test_command_refuses(options: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
+def test_command_refuses(
+    options: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_work: None
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     folder(Path("one"), classes=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal
@@ -69,6 +69,18 @@ class ClaimResult:
     @property
     def passed(self) -> bool:
         return all(row.passed is not False for row in self.rows)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.table import Table
+
+        title = f"{self.slug}: {'met' if self.passed else 'NOT met'} ({self.seeds} seeds, {self.seconds:.0f} s)"
+        table = Table("metric", "ours", "baseline", "bar", "", title=title, title_justify="left")
+        for row in self.rows:
+            bar = "" if row.bar is None else f"{row.direction} {row.bar:g}"
+            state = {True: "met", False: "NOT met", None: "reported"}[row.passed]
+            baseline = "" if row.baseline is None else f"{row.baseline:.4g}"
+            table.add_row(row.metric, f"{row.ours:.4g}", baseline, bar, state)
+        yield table
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]

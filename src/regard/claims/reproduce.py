@@ -18,6 +18,7 @@ import torch
 
 from regard.catalog.registry import ROOT, modules
 from regard.claims.claim import Budget, ClaimResult, Row
+from regard.train.files import write_whole
 
 
 class ClaimModule(Protocol):
@@ -108,9 +109,7 @@ def reproduce(
 def store(result: ClaimResult, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.slug}.json"
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(result.to_json(), indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(result.to_json(), indent=1) + "\n")
     return path
 
 

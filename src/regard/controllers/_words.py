@@ -51,9 +51,7 @@ def replace_matrix(source: str, target: str, tokenizer: Tokenizer) -> Tensor:
     """M (77, 77) of a word swap. Raises ValueError when the prompts have different numbers of words."""
     old, new = source.split(), target.split()
     if len(old) != len(new):
-        raise ValueError(
-            f"a word swap needs as many words; got {len(old)} in {source!r} and {len(new)} in {target!r}"
-        )
+        raise ValueError(f"a word swap needs as many words; got {len(old)} in {source!r} and {len(new)} in {target!r}")
     matrix = torch.zeros(WINDOW, WINDOW)
     matrix[0, 0] = 1
     end = 0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from regard.core.slices import as_met, exact, heads_of, rows_of, tolerance
 from regard.core.step import Step
 from regard.core.tokens import Rows, Tokens, pick
 from regard.ops import attend as ops
+from regard.ops import summaries
 
 LIMIT_BYTES = 1 << 30
 
@@ -36,6 +40,7 @@ class Call:
         scale: factor on q k^T. ``softcap``: scores become ``cap * tanh(scores / cap)`` before mask and bias.
         final_weights: the weights after an edit of scores or weights, in place of the softmax.
         host_scores: the scores as a hand-written host computed them, in place of q k^T.
+        key_scale: factors on the weights of each key, after the softmax; ``v`` is without them.
         stages: (scores, normalize) of a layer of this library, when they are its own.
         dropout: probability with which the host dropped weights in this call; ``weights`` are those before it.
         step: where in the host's loop this call stands.
@@ -64,6 +69,7 @@ class Call:
         self.out: Tensor = q
         self.mixed: Tensor | None = None
         self.final_weights: Tensor | None = None
+        self.key_scale: Tensor | None = None
         self.product = 0
         self.site = ""
         self.step = Step()
@@ -78,38 +84,44 @@ class Call:
 
     def allowed(self, index: Tensor | None = None) -> Tensor | None:
         """Boolean mask (b|1, h|1, rows, s) of query rows ``index``, or None when everything is allowed."""
-        l, s = self.q.shape[2], self.k.shape[2]
         causal = None
         if self.causal:
-            causal = torch.ones(l, s, dtype=torch.bool, device=self.q.device).tril()
-            causal = causal if index is None else causal[index]
+            queries = torch.arange(self.q.shape[2], device=self.q.device) if index is None else index
+            causal = torch.arange(self.k.shape[2], device=self.q.device) <= queries[:, None]
         mask = self.mask if self.mask is not None and self.mask.dtype == torch.bool else None
-        return ops.merge_masks(causal, None if mask is None else _rows(mask, index))
+        return ops.merge_masks(causal, None if mask is None else rows_of(mask, index))
 
     def added(self, index: Tensor | None = None) -> Tensor | None:
         """What is added to the scores of query rows ``index``."""
         parts = [m for m in (self.mask, self.bias) if m is not None and m.dtype != torch.bool]
         total = None
         for part in parts:
-            part = _rows(part, index)
+            part = rows_of(part, index)
             total = part if total is None else total + part
         return total
 
-    def raw_scores(self, index: Tensor | None = None) -> Tensor:
-        """Scores (b, h, rows, s) with scale, soft-cap and bias, without the boolean mask."""
+    def raw_scores(self, index: Tensor | None = None, heads: Any = None) -> Tensor:
+        """Scores (b, heads, rows, s) with scale, soft-cap and bias, without the boolean mask."""
         if self.host_scores is not None:
-            scores = self.host_scores if index is None else self.host_scores[..., index, :]
-            return _exact(scores)
-        q = _exact(self.q if index is None else self.q[:, :, index])
-        k = _exact(self.k)
-        scores = ops.scores(q, k, scale=self.scale) if self.stages is None else self.stages[0](q, k)
+            return exact(heads_of(self.host_scores if index is None else self.host_scores[..., index, :], heads))
+        q, k = self.q if index is None else self.q[:, :, index], self.k
+        if self.stages is not None:
+            scores = heads_of(self.stages[0](exact(q), exact(k)), heads)
+        else:
+            k = as_met(k, heads, q.shape[1])
+            scores = ops.scores(exact(heads_of(q, heads)), exact(k), scale=self.scale)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         added = self.added(index)
-        return scores if added is None else scores + added.to(scores.dtype)
+        return scores if added is None else scores + heads_of(added, heads).to(scores.dtype)
 
     def normalize(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return ops.softmax(scores, mask) if self.stages is None else self.stages[1](scores, mask)
+        if self.stages is not None:
+            return self.stages[1](scores, mask)
+        if self.host_scores is not None or self.added() is not None:
+            # An added -inf forbids a pair as a boolean mask does: a row may have nothing to look at.
+            mask = ops.merge_masks(mask, scores != float("-inf"))
+        return ops.softmax(scores, mask)
 
     # -- what is asked of it ----------------------------------------------------------------------------------------
 
@@ -128,12 +140,10 @@ class Call:
 
     def scores(self, *, rows: Rows | None = None, heads: Any = None) -> Tensor:
         """Scores (b, h, l, s) as they enter the softmax; a forbidden pair is -inf."""
-        index = self.rows(rows)
-        self._check_size(index, heads)
-        self.verify()
-        scores = _heads(self.raw_scores(index), heads)
+        index = self._asked(rows, heads)
+        scores = self.raw_scores(index, heads)
         allowed = self.allowed(index)
-        return scores if allowed is None else scores.masked_fill(~_heads(allowed, heads), float("-inf"))
+        return scores if allowed is None else scores.masked_fill(~heads_of(allowed, heads), float("-inf"))
 
     def weights(self, *, rows: Rows | None = None, heads: Any = None) -> Tensor:
         """Weights (b, h, l, s) per query head, after normalisation, before dropout; float32 or better.
@@ -146,21 +156,18 @@ class Call:
             OpaqueSite: the recomputed output differs from what the site returned.
             WeightsTooLarge: more than ``LIMIT_BYTES`` would be needed.
         """
-        index = self.rows(rows)
-        self._check_size(index, heads)
-        self.verify()
-        return self._weights(index, heads)
+        return self._weights(self._asked(rows, heads), heads)
 
     def _weights(self, index: Tensor | None, heads: Any = None) -> Tensor:
         if self.final_weights is not None:
-            chosen = self.final_weights if index is None else self.final_weights[:, :, index]
-            return _heads(_exact(chosen), heads)
-        scores = self.raw_scores(index)
-        allowed = self.allowed(index)
-        if heads is not None and self.stages is None:
-            scores, allowed = _heads(scores, heads), None if allowed is None else _heads(allowed, heads)
-            return self.normalize(scores, allowed)
-        return _heads(self.normalize(scores, allowed), heads)
+            weights = exact(heads_of(rows_of(self.final_weights, index), heads))
+        elif self.stages is not None:
+            weights = heads_of(self.normalize(self.raw_scores(index), self.allowed(index)), heads)
+        else:
+            allowed = self.allowed(index)
+            allowed = None if allowed is None else heads_of(allowed, heads)
+            weights = self.normalize(self.raw_scores(index, heads), allowed)
+        return weights if self.key_scale is None else weights * heads_of(self.key_scale, heads)
 
     def weights_grad(self, *, rows: Rows | None = None, heads: Any = None) -> Tensor:
         r"""Gradient of the loss with respect to the weights, :math:`\partial L/\partial A = \partial L/\partial O \; V^\top`.
@@ -172,56 +179,65 @@ class Call:
                 f"{self.site or 'this call'} has no gradient: capture with grad=True and call backward() on a loss that "
                 "depends on the model's output"
             )
-        index = self.rows(rows)
-        self._check_size(index, heads)
-        self.verify()
-        grad = _exact(self.out_grad if index is None else self.out_grad[:, :, index])
-        b, h, l, e = grad.shape
-        g = self.v.shape[1]
-        values = _exact(self.v).transpose(-1, -2)
-        return _heads((grad.reshape(b, g, (h // g) * l, e) @ values).view(b, h, l, -1), heads)
+        if self.dropout:
+            raise ValueError(
+                f"{self.site or 'this call'} dropped weights with probability {self.dropout}, and which ones is not known: "
+                "its gradient needs a call without dropout"
+            )
+        index = self._asked(rows, heads)
+        grad = heads_of(rows_of(self.out_grad, index), heads)
+        return ops.scores(exact(grad), exact(as_met(self.v, heads, self.q.shape[1])), scale=1.0)
 
     def received(self) -> Tensor:
         """(b, h, s): how much weight each key receives from all queries together."""
-        return self._summed(lambda weights, _: weights.sum(-2), total=True)
+        return reduce(torch.add, self._by_rows(lambda weights: weights.sum(-2)))
 
     def mass(self, roles: Tensor) -> Tensor:
         """(b, h, l, r): how much weight each query gives to each role; ``roles`` (s, r) says which key is in which role."""
         if roles.shape[0] != self.k.shape[2]:
             raise ValueError(f"roles must have {self.k.shape[2]} rows, one a key; got {tuple(roles.shape)}")
-        roles = roles.to(_exact(self.q).dtype)
-        return self._summed(lambda weights, _: weights @ roles, total=False)
+        roles = roles.to(exact(self.q[:0]).dtype)
+        special = (self.softcap, self.host_scores, self.stages, self.final_weights, self.key_scale)
+        if any(x is not None for x in special) or self.causal:
+            return torch.cat(list(self._by_rows(lambda weights: weights @ roles)), -2)
+        self.verify()
+        return summaries.mass(self.q, self.k, roles, mask=self.allowed(), bias=self.added(), scale=self.scale)
 
     def role_mass(self) -> dict[str, Tensor]:
         """(b, h, l) for every role of the site's key tokens."""
-        if self.tokens_k is None:
-            raise ValueError(
-                f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)"
-            )
-        size = self.k.shape[2]
-        columns = torch.zeros(size, len(self.tokens_k.segments), device=self.q.device)
-        for i, segment in enumerate(self.tokens_k.segments):
-            columns[self.tokens_k.span(segment.role), i] = 1
-        mass = self.mass(columns)
-        return {segment.role: mass[..., i] for i, segment in enumerate(self.tokens_k.segments)}
+        tokens = self._key_tokens()
+        columns = torch.zeros(tokens.size, len(tokens.segments), device=self.q.device)
+        for i, segment in enumerate(tokens.segments):
+            columns[tokens.span(segment.role), i] = 1
+        return {s.role: mass for s, mass in zip(tokens.segments, self.mass(columns).unbind(-1), strict=True)}
 
     def map(self, role: str = "image", *, rows: Rows | None = None, heads: Any = None) -> Tensor:
         """Weights on the grid of key role ``role``: (b, h, rows, H, W)."""
+        span, grid = self._key_tokens().span(role), self._key_tokens().grid(role)
+        return self.weights(rows=rows, heads=heads)[..., span].unflatten(-1, grid)
+
+    def _key_tokens(self) -> Tokens:
         if self.tokens_k is None:
             raise ValueError(
                 f"the key tokens of {self.site} have no names; describe them with regard.tokens(model, k=...)"
             )
-        weights = self.weights(rows=rows, heads=heads)
-        return weights[..., self.tokens_k.span(role)].unflatten(-1, self.tokens_k.grid(role))
+        return self.tokens_k
 
-    def _summed(self, reduce: Callable[[Tensor, Tensor], Tensor], *, total: bool) -> Tensor:
-        """``reduce`` of the weights over chunks of query rows: the whole matrix never exists."""
+    def _by_rows(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """``function`` of the weights of a few query rows at a time, forward and backward: the whole matrix never exists."""
         self.verify()
         l, s = self.q.shape[2], self.k.shape[2]
-        # One chunk stays below 1/64 of the matrix (and one row at least).
-        chunk = max(1, min(l // 64, (1 << 22) // max(1, self.q.shape[0] * self.q.shape[1] * s)) or 1)
-        parts = [reduce(self._weights(index), index) for index in torch.arange(l, device=self.q.device).split(chunk)]
-        return torch.stack(parts).sum(0) if total else torch.cat(parts, -2)
+        # One chunk stays below 1/128 of the matrix (and one row at least).
+        chunk = max(1, min(l // 128, (1 << 22) // max(1, self.q.shape[0] * self.q.shape[1] * s)))
+
+        def part(index: Tensor) -> Tensor:
+            return function(self._weights(index))
+
+        for index in torch.arange(l, device=self.q.device).split(chunk):
+            if torch.is_grad_enabled() and self.q.requires_grad:
+                yield checkpoint(part, index, use_reentrant=False, preserve_rng_state=False)
+            else:
+                yield part(index)
 
     # -- verified or refused ----------------------------------------------------------------------------------------
 
@@ -232,12 +248,14 @@ class Call:
         l = self.q.shape[2]
         index = torch.linspace(0, l - 1, min(rows, l), device=self.q.device).round().long().unique()
         with torch.no_grad():
-            mixed = _exact(self.mixed[:, :, index])
-            again = ops.mix(self._weights(index), _exact(self.v))
+            mixed = exact(self.mixed[:, :, index])
+            again = ops.mix(self._weights(index), exact(self.v))
             if mixed.numel() == 0:
                 return 0.0
             # A row that the host itself made NaN (all keys forbidden by the smallest number) says nothing.
             finite = mixed.isfinite()
+            if not finite.any():
+                return float("nan")
             mixed, again = mixed.where(finite, 0.0), again.where(finite, 0.0)
             return float((again - mixed).abs().max() / mixed.abs().max().clamp_min(1e-12))
 
@@ -259,7 +277,9 @@ class Call:
                 )
         self._verified = True
 
-    def _check_size(self, index: Tensor | None, heads: Any) -> None:
+    def _asked(self, rows: Rows | None, heads: Any) -> Tensor | None:
+        """``rows`` as an index, once it is known that the answer fits in memory and is true."""
+        index = self.rows(rows)
         b, h, l, s = *self.q.shape[:3], self.k.shape[2]
         rows = l if index is None else len(index)
         count = h if heads is None else len(pick(torch.arange(h), heads))
@@ -270,27 +290,10 @@ class Call:
                 f"({b} x {count} heads x {rows} queries x {s} keys; limit {LIMIT_BYTES / 2**20:,.0f} MiB): "
                 "ask for fewer with rows= or heads=, or for mass(roles) or received(), which never hold the matrix"
             )
+        self.verify()
+        return index
 
     def __repr__(self) -> str:
         b, h, l, d = self.q.shape
         g, s = self.k.shape[1:3]
         return f"Call({self.site!r}, b={b}, h={h}, g={g}, l={l}, s={s}, d={d}, step={self.step.index})"
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference that rounding alone can explain; some hosts take a float64 softmax in float32."""
-    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _rows(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., index, :]
-
-
-def _heads(x: Tensor, heads: Any) -> Tensor:
-    if heads is None or x.ndim < 3 or x.shape[-3] == 1:
-        return x
-    return x[..., pick(torch.arange(x.shape[-3], device=x.device), heads), :, :]

@@ -24,6 +24,7 @@ class Capture(Watch):
         self.grad = grad
         self.raw: dict[str, Any] = {}
         self._calls: dict[str, list[Call]] = {}
+        self._order: list[Call] = []
         super().__init__(model, where)
 
     def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
@@ -36,6 +37,7 @@ class Capture(Watch):
         self._learn(tap, call, seam)
         call.versions = tuple(t._version for t in (call.q, call.k, call.v))
         self._calls.setdefault(tap.name, []).append(call)
+        self._order.append(call)
         if self.grad and out.requires_grad:
             out = out.view_as(out)
             out.register_hook(_keep_gradient(call))
@@ -77,6 +79,11 @@ class Capture(Watch):
                 f"{name!r} was not called while it was watched; called: {', '.join(self._calls) or 'nothing'}"
             )
         return self._calls[name]
+
+    def sequence(self) -> list[Call]:
+        """Every call of every site, in the order in which they ran; ``call.site`` says where."""
+        self._settle()
+        return self._order or [calls[-1] for calls in self._calls.values()]
 
     def __getitem__(self, name: str) -> Any:
         self._settle()

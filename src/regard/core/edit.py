@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.core.call import Call, _exact
+from regard.core.call import Call
+from regard.core.slices import exact
 from regard.core.tokens import Rows, pick
 from regard.ops import attend as ops
 
@@ -181,11 +182,9 @@ class Edit:
                     call, self.quantity, self._blend(_same(self.change(old, call), old, self.quantity, call), old, call)
                 )
             case "scale_keys":
-                factors = self._toward(self.change(call), 1.0)[:, None]
-                if self.only is not None and call.v.shape[1] != call.q.shape[1]:
-                    call.v = ops.widen(call.v, call.q.shape[1] // call.v.shape[1])
-                    call.k = ops.widen(call.k, call.q.shape[1] // call.k.shape[1])
-                call.v = self._rows(call.v * factors, call.v, call)
+                factors = self._toward(self.change(call), 1.0).view(1, 1, 1, -1)
+                inside = self._inside(call, factors.device)
+                call.scale_keys(factors if inside is None else torch.where(inside, factors, 1.0))
             case "mask":
                 allow = self.change(call)
                 inside = self._inside(call, allow.device)
@@ -269,7 +268,7 @@ def mix_edited(weights: Tensor, call: Call, edits: Sequence[Edit]) -> Tensor:
     call.final_weights = weights
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
-    return ops.mix(weights, _exact(call.v)).to(call.v.dtype)
+    return ops.mix(weights, exact(call.v)).to(call.v.dtype)
 
 
 def _keys(call: Call, where: Rows) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.core.call import Call, _exact
+from regard.core.call import Call
 from regard.core.edit import Edit
+from regard.core.slices import exact
 from regard.core.tap import SEAMS, Tap
 from regard.ops import attend as ops
 
@@ -176,7 +177,7 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             weights = func(*args, **kwargs)
         for e in edits:
             if e.quantity == "weights":
-                call.final_weights = e.on_weights(fold(_exact(weights)), call)
+                call.final_weights = e.on_weights(fold(exact(weights)), call)
                 weights = call.final_weights.reshape(scores.shape).to(scores.dtype)
     else:
         weights = func(changed, *args[1:], **kwargs) if args else func(**kwargs)

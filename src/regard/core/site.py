@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.core.call import Call, tolerance
+from regard.core.call import Call
 from regard.core.host import host_of
 from regard.core.known import Known, knowledge, matches
+from regard.core.slices import tolerance
 from regard.core.tap import Tap
 from regard.core.tokens import Tokens
 from regard.core.watch import Watch
@@ -72,9 +73,9 @@ class Sites(list[Site]):
         return Sites(s for s in self if not s.verified)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("site", "kind", "form", "heads", "dim", "queries", "keys", "verified")
+        table = Table(Column("site", overflow="fold"), "kind", "form", "heads", "dim", "queries", "keys", "verified")
         for s in self:
             heads = str(s.heads) if s.kv_heads == s.heads else f"{s.heads}/{s.kv_heads}"
             state = f"{s.error:.0e}" if s.verified else f"refused: {s.reason}"
@@ -162,7 +163,7 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
             heads=call.q.shape[1],
             kv_heads=call.k.shape[1],
             head_dim=call.q.shape[-1],
-            causal=_is_causal(call),
+            causal=is_causal(call),
             queries=call.q.shape[2],
             keys=call.k.shape[2],
             tokens_q=said_q or call.tokens_q,
@@ -228,7 +229,8 @@ class _Contexts:
         return "self" if l == s else "pool"
 
 
-def _is_causal(call: Call) -> bool:
+def is_causal(call: Call) -> bool:
+    """Whether no query looks at a later key, by mask, bias or flag."""
     allowed = call.allowed()
     l, s = call.q.shape[2], call.k.shape[2]
     if l == 1:

@@ -38,20 +38,17 @@ def silenced(model: nn.Module, heads: Iterable[Head]) -> Iterator[None]:
 
     def gate(call: Call) -> Tensor:
         ran.add(call.site)
-        count, silent = call.q.shape[1], chosen[call.site]
-        if not 0 <= min(silent) <= max(silent) < count:
+        count, silent = call.q.shape[1], chosen.get(call.site, [])
+        if silent and not 0 <= min(silent) <= max(silent) < count:
             raise ValueError(f"heads {silent} of {call.site!r}: it has {count}")
-        return torch.ones(count, dtype=call.q.dtype, device=call.q.device).index_fill(0, _index(silent, call), 0.0)
+        index = torch.tensor(silent, dtype=torch.long, device=call.q.device)
+        return torch.ones(count, dtype=call.q.dtype, device=call.q.device).index_fill(0, index, 0.0)
 
     with edit(model, Edit.heads(gate), where=list(chosen)):
         yield
         missed = chosen.keys() - ran
         if missed:
             raise ValueError(f"no attention ran at {sorted(missed)}, so no head of it was silenced")
-
-
-def _index(heads: list[int], call: Call) -> Tensor:
-    return torch.tensor(heads, device=call.q.device)
 
 
 def head_importance(model: nn.Module, loss: Loss, *batch: object, sites: Iterable[str]) -> dict[str, Tensor]:
@@ -67,22 +64,26 @@ def head_importance(model: nn.Module, loss: Loss, *batch: object, sites: Iterabl
             into the batch, a window counts as an example.
         sites: names of attention sites.
     """
+    wanted = set(sites)
     gates: dict[tuple[str, int], Tensor] = {}
 
     def gate(call: Call) -> Tensor:
         key = (call.site, len(call.q))
+        if call.site not in wanted:
+            return torch.ones(call.q.shape[1], dtype=call.q.dtype, device=call.q.device)
         if key not in gates:
             gates[key] = torch.ones(call.q.shape[:2], dtype=call.q.dtype, device=call.q.device, requires_grad=True)
         return gates[key]
 
-    with edit(model, Edit.heads(gate), where=list(sites)):
-        grads = torch.autograd.grad(loss(*batch), list(gates.values()))
+    with edit(model, Edit.heads(gate), where=list(wanted)), torch.enable_grad():
+        value = loss(*batch)
+        missed = wanted - {site for site, _ in gates}
+        if missed:
+            raise ValueError(f"no attention ran at {sorted(missed)}")
+        grads = torch.autograd.grad(value, list(gates.values()))
     importance: dict[str, Tensor] = {}
     for (site, _), grad in zip(gates, grads):
         importance[site] = importance.get(site, torch.zeros_like(grad[0])) + grad.abs().sum(0)
-    missed = set(sites) - importance.keys()
-    if missed:
-        raise ValueError(f"no attention ran at {sorted(missed)}")
     return importance
 
 
@@ -98,26 +99,26 @@ class HeadMask(nn.Module):
     """One training step with ``n`` heads of the whole model silenced; which ones is for :meth:`choose` to say.
 
     Args:
-        heads: site -> its number of heads, such as ``{s.name: s.heads for s in regard.sites(model, x).verified}``.
+        sites: site -> its number of heads, such as ``{s.name: s.heads for s in regard.sites(model, x).verified}``.
         n: heads silenced in a step.
 
     Raises:
         ValueError: ``n`` negative or not below the number of heads; a step of a model in ``eval``.
     """
 
-    def __init__(self, heads: Mapping[str, int], n: int) -> None:
+    def __init__(self, sites: Mapping[str, int], n: int) -> None:
         super().__init__()
-        if not heads or min(heads.values()) < 1:
-            raise ValueError(f"heads={dict(heads)} must name at least one site, each with a positive number of heads")
-        if not 0 <= n < sum(heads.values()):
-            raise ValueError(f"n={n} must be at least 0 and below the {sum(heads.values())} heads there are")
-        self.heads, self.n = dict(heads), n
+        if not sites or min(sites.values()) < 1:
+            raise ValueError(f"sites={dict(sites)} must name at least one site, each with a positive number of heads")
+        if not 0 <= n < sum(sites.values()):
+            raise ValueError(f"n={n} must be at least 0 and below the {sum(sites.values())} heads there are")
+        self.sites, self.n = dict(sites), n
 
     def choose(self, model: nn.Module, loss: Loss, batch: tuple[object, ...]) -> list[Head]:
         raise NotImplementedError
 
     def all_heads(self) -> list[Head]:
-        return [(site, head) for site, count in self.heads.items() for head in range(count)]
+        return [(site, head) for site, count in self.sites.items() for head in range(count)]
 
     @contextmanager
     def step(self, model: nn.Module, loss: Loss, *batch: object) -> Iterator[Tensor]:
@@ -139,13 +140,13 @@ class HeadMask(nn.Module):
         """Arguments of a small call."""
         torch.manual_seed(seed)
         model = nn.Sequential()
-        for site, count in self.heads.items():
+        for site, count in self.sites.items():
             model.add_module(site, Attention(4 * count, count))
-        first = next(iter(self.heads.values()))
+        first = next(iter(self.sites.values()))
         return model, lambda x: model(x).square().mean(), torch.randn(2, 5, 4 * first, requires_grad=True)
 
 
-_EXAMPLE = {"heads": {"first": 2, "second": 2}, "n": 1}
+_EXAMPLE = {"sites": {"first": 2, "second": 2}, "n": 1}
 
 
 @method("headmask", kind="objective", tags=Tags(random=True), example=_EXAMPLE)
@@ -158,7 +159,7 @@ class RandomHeadMask(HeadMask):
     .. math:: o_h \leftarrow \xi_h\, o_h, \qquad \xi \in \{0, 1\}^{heads}, \; \textstyle\sum_h (1 - \xi_h) = n
 
     Args:
-        heads: site -> its number of heads, such as ``{s.name: s.heads for s in regard.sites(model, x).verified}``.
+        sites: site -> its number of heads, such as ``{s.name: s.heads for s in regard.sites(model, x).verified}``.
         n: heads silenced in a step; the paper takes an eighth.
         generator: of the draw; processes that train together need generators of one seed. Default torch's own.
 
@@ -185,8 +186,8 @@ class RandomHeadMask(HeadMask):
         Machine Translation, COLING 2022, arXiv:2009.09672
     """
 
-    def __init__(self, heads: Mapping[str, int], n: int, generator: torch.Generator | None = None) -> None:
-        super().__init__(heads, n)
+    def __init__(self, sites: Mapping[str, int], n: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(sites, n)
         self.generator = generator
 
     def choose(self, model: nn.Module, loss: Loss, batch: tuple[object, ...]) -> list[Head]:
@@ -204,7 +205,7 @@ class ImportantHeadMask(HeadMask):
     .. math:: \xi_h = 0 \iff h \in \mathrm{top}_n\, I
 
     Args:
-        heads: site -> its number of heads, such as ``{s.name: s.heads for s in regard.sites(model, x).verified}``.
+        sites: site -> its number of heads, such as ``{s.name: s.heads for s in regard.sites(model, x).verified}``.
         n: heads silenced in a step.
 
     Shape: called with a model, a loss that is a mean over examples, and the loss's arguments -> scalar.
@@ -229,7 +230,7 @@ class ImportantHeadMask(HeadMask):
             return []
         devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices=devices):
-            found = head_importance(model, loss, *batch, sites=self.heads)
+            found = head_importance(model, loss, *batch, sites=self.sites)
         every = self.all_heads()
-        values = torch.cat([found[site] for site in self.heads])
+        values = torch.cat([found[site] for site in self.sites])
         return [every[i] for i in values.topk(self.n).indices.tolist()]

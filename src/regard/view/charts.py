@@ -8,7 +8,19 @@ from statistics import fmean
 
 from regard.bench.cost import Scaling
 from regard.view.comparison import Comparison, Row
-from regard.view.svg import Chart, Point, linear, log_ticks, logarithmic, number, place_labels, png, spread, text_width, ticks
+from regard.view.svg import (
+    Chart,
+    Point,
+    linear,
+    log_ticks,
+    logarithmic,
+    number,
+    place_labels,
+    png,
+    spread,
+    text_width,
+    ticks,
+)
 
 SHAPES = {"baseline": "circle", "vision": "square", "cnn": "triangle", "sequence": "diamond", "sparse": "cross"}
 # Dark to light in even steps of lightness, readable with every kind of colour vision.

@@ -131,7 +131,13 @@ def _machine() -> dict[str, Any]:
 
 def _costs(runs: list[Run], data: str, folder: Path, resume: bool, sides: Sequence[int], bars: _Bars) -> dict[str, Any]:
     """Cost and scaling by layer; a layer whose measuring kills the process takes the others' figures with it."""
-    arguments = {"runs": [asdict(run) for run in runs], "data": data, "sides": list(sides), "rounds": 7, "budget": 0.3 * len(runs)}
+    arguments = {
+        "runs": [asdict(run) for run in runs],
+        "data": data,
+        "sides": list(sides),
+        "rounds": 7,
+        "budget": 0.3 * len(runs),
+    }
     digest = hashlib.sha256("".join([*(run.key for run in runs), *map(str, sides)]).encode()).hexdigest()[:12]
     file = folder / f"cost-{digest}.json"
     if resume and file.exists():

@@ -142,7 +142,16 @@ class Comparison:
 
         table = Table(title=self.title, box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
         table.add_column("layer", no_wrap=True)
-        heads = ["accuracy\n%", "behind\npoints", "forward\nms", "step\nms", "memory\nMB", "time\n~ n^", "params\nk", "FLOPs\nM"]
+        heads = [
+            "accuracy\n%",
+            "behind\npoints",
+            "forward\nms",
+            "step\nms",
+            "memory\nMB",
+            "time\n~ n^",
+            "params\nk",
+            "FLOPs\nM",
+        ]
         heads = heads[: max(2, (options.max_width - 28) // 11)]
         for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
@@ -155,7 +164,11 @@ class Comparison:
             if row.cost is not None:
                 cost, fit = row.cost, row.scaling.time_fit if row.scaling else None
                 cells += [f"{cost.forward.median:.2f}", f"{cost.step.median:.1f}", f"{cost.step_memory / 1e6:.1f}"]
-                cells += [f"{fit.exponent:.2f}" if fit else "", f"{cost.parameters / 1e3:.1f}", f"{cost.flops.total / 1e6:.2f}"]
+                cells += [
+                    f"{fit.exponent:.2f}" if fit else "",
+                    f"{cost.parameters / 1e3:.1f}",
+                    f"{cost.flops.total / 1e6:.2f}",
+                ]
             mark = "* " if row.layer in front else "  "
             table.add_row(mark + row.layer, *cells[: len(heads)], style="bold" if row is choice else None)
         yield table
@@ -186,7 +199,11 @@ class Comparison:
         if choice is None or best.cost is None or choice.cost is None:
             return f"{top}. Nothing was measured."
         if choice is best:
-            rest = f"the fastest of the {len(close)} within one standard error of it" if len(close) > 1 else "ahead of the others"
+            rest = (
+                f"the fastest of the {len(close)} within one standard error of it"
+                if len(close) > 1
+                else "ahead of the others"
+            )
             return f"use {best.layer}, the most accurate ({100 * best.accuracy:.1f} %) and {rest}."
         behind, error = gap(best, choice)
         return (

@@ -30,7 +30,13 @@ def html(comparison: Comparison) -> str:
     """The report of ``comparison``: charts, figures, what was run, how to read it and what falls short."""
     sections = [_head(comparison)]
     if comparison.measured():
-        sections += [_pareto(comparison), _table(comparison), _curves(comparison), _growth(comparison), _maps(comparison)]
+        sections += [
+            _pareto(comparison),
+            _table(comparison),
+            _curves(comparison),
+            _growth(comparison),
+            _maps(comparison),
+        ]
     else:
         sections += [_table(comparison), _curves(comparison)]
     sections += [_reading(comparison), _failures(comparison), _settings(comparison)]
@@ -64,7 +70,9 @@ def _head(comparison: Comparison) -> str:
     cells = "".join(f"<div><b>{escape(str(value))}</b><span>{escape(name)}</span></div>" for value, name in facts)
     ranked = comparison.ranked()
     chance = f"Always naming the largest class would give {100 * data['largest']:.1f} %."
-    spread = f" Accuracies go from {100 * ranked[-1].accuracy:.1f} to {100 * ranked[0].accuracy:.1f} %." if ranked else ""
+    spread = (
+        f" Accuracies go from {100 * ranked[-1].accuracy:.1f} to {100 * ranked[0].accuracy:.1f} %." if ranked else ""
+    )
     return f"""<h1>Which attention should I use?</h1>
 <p class="lead">{len(comparison.rows)} token mixers in one identical network, trained alike on the same images and measured on one machine.</p>
 <div class="advice"><p>{escape(comparison.advice())}</p><p>{spread} {chance} This holds for these data, this small network and
@@ -117,18 +125,32 @@ def _table(comparison: Comparison) -> str:
             cost, fit = row.cost, row.scaling.time_fit if row.scaling else None
             cells.append((cost.parameters, f"{cost.parameters / 1e3:.1f}"))
             cells.append((cost.flops.total, f"{cost.flops.total / 1e6:.2f}"))
-            cells += [(t.median, f'<span title="quartiles {t.low:.2f} and {t.high:.2f}">{t.median:.1f}</span>') for t in (cost.forward, cost.step)]
+            cells += [
+                (t.median, f'<span title="quartiles {t.low:.2f} and {t.high:.2f}">{t.median:.1f}</span>')
+                for t in (cost.forward, cost.step)
+            ]
             cells.append((cost.step_memory, f"{cost.step_memory / 1e6:.1f}"))
-            cells.append(("", "") if fit is None else (fit.exponent, f'<span title="standard error {fit.error:.2f}">n<sup>{fit.exponent:.2f}</sup></span>'))
+            cells.append(
+                ("", "")
+                if fit is None
+                else (
+                    fit.exponent,
+                    f'<span title="standard error {fit.error:.2f}">n<sup>{fit.exponent:.2f}</sup></span>',
+                )
+            )
         else:
             cells += [("", "")] * 6
         inside = "".join(f'<td data-value="{value}">{text}</td>' for value, text in cells)
         name = escape(row.layer) + (" ●" if row.layer in front else "")
-        body.append(f'<tr{" class=choice" * (row is choice)}><th scope="row" data-value="{escape(row.layer)}">{name}</th>{inside}</tr>')
+        body.append(
+            f'<tr{" class=choice" * (row is choice)}><th scope="row" data-value="{escape(row.layer)}">{name}</th>{inside}</tr>'
+        )
     for row in comparison.rows:
         if not row.runs:
             reason = f"{row.status}: {row.reason}"
-            body.append(f'<tr><th scope="row">{escape(row.layer)}</th><td class="reason" colspan="9">{escape(reason)}</td></tr>')
+            body.append(
+                f'<tr><th scope="row">{escape(row.layer)}</th><td class="reason" colspan="9">{escape(reason)}</td></tr>'
+            )
     top = "".join(
         f"<th scope=col><button>{name}</button><small>{unit or '&nbsp;'}</small></th>"
         if name != "seeds"
@@ -157,7 +179,9 @@ in grey. Accuracies are spaced by the logarithm of the error.</p><div class="pan
 
 def _growth(comparison: Comparison) -> str:
     rows = [row for row in comparison.measured() if row.scaling and row.scaling.tokens]
-    shown = {w: [r for r in rows if r.scaling and (w == "time" or min(r.scaling.memory) > 0)] for w in ("time", "memory")}
+    shown = {
+        w: [r for r in rows if r.scaling and (w == "time" or min(r.scaling.memory) > 0)] for w in ("time", "memory")
+    }
     cards = "".join(
         f'<div class="card"><h3>{name}</h3>{_both(lambda width, part=part, which=which: charts.growth(part, which, width), 540.0)}</div>'
         for which, name in (("time", "Time"), ("memory", "Memory"))
@@ -166,9 +190,16 @@ def _growth(comparison: Comparison) -> str:
     if not cards:
         return ""
     left_out = [
-        f"<li>{escape(row.layer)} at {n} tokens: {escape(reason)}</li>" for row in rows if row.scaling for n, reason in row.scaling.left_out
+        f"<li>{escape(row.layer)} at {n} tokens: {escape(reason)}</li>"
+        for row in rows
+        if row.scaling
+        for n, reason in row.scaling.left_out
     ]
-    missing = f"<details><summary>Sizes that were left out</summary><ul>{''.join(left_out)}</ul></details>" if left_out else ""
+    missing = (
+        f"<details><summary>Sizes that were left out</summary><ul>{''.join(left_out)}</ul></details>"
+        if left_out
+        else ""
+    )
     settings = comparison.info["settings"]
     return f"""<h2 id="growth">Growth with tokens</h2>
 <p class="soft">The layer alone, one image, forward pass, {settings["dim"]} channels, {settings["num_heads"]} heads. Beside the name: the
@@ -191,7 +222,11 @@ def _maps(comparison: Comparison) -> str:
             cells.append(f'<figure>{image}<img alt="" src="{src}"></figure>')
     stops = ", ".join("rgb({} {} {})".format(*colour) for colour in charts.RAMP)
     without = [row.layer for row in comparison.ranked() if row.layer not in {m.layer for m in comparison.maps}]
-    rest = f" Not shown, because no weights from token to token could be read and verified: {', '.join(without)}." if without else ""
+    rest = (
+        f" Not shown, because no weights from token to token could be read and verified: {', '.join(without)}."
+        if without
+        else ""
+    )
     return f"""<h2 id="maps">Where layers look</h2>
 <p class="soft">Attention that each token receives in the first block of the trained network, mean over queries and heads, with the test
 image laid over it. 1 is a token's even share. <span class="ramp" style="background: linear-gradient(90deg, {stops})"></span> 0 to

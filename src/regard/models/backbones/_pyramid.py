@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -45,8 +45,40 @@ def check_image(x: Tensor, channels: int) -> None:
         raise ValueError(f"image must be (b, {channels}, H, W); got {tuple(x.shape)}")
 
 
+class PatchEmbedding(nn.Module):
+    """Patches of an image or of the map before, side by side, then a norm."""
+
+    def __init__(self, dim: int, out: int, patch: int) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Conv2d(dim, out, patch, stride=patch), nn.LayerNorm(out)
+
+    def forward(self, x: Float[Tensor, "b k Y X"]) -> Float[Tensor, "b H W c"]:
+        return self.norm(channels_last(self.proj(x)))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and what leads to the next, if there is one."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
+def maps_of(x: Float[Tensor, "b H W c"], levels: Iterable[nn.Module]) -> list[Float[Tensor, "_ _ _ _"]]:
+    """The channel-first map after the blocks of every level."""
+    maps = []
+    for level in levels:
+        assert isinstance(level, Level)
+        for block in level.blocks:
+            x = block(x)
+        maps.append(channels_first(x))
+        x = x if level.downsample is None else level.downsample(x)
+    return maps
+
+
 class Block(nn.Module):
-    r""":math:`x + \gamma_1\, \mathrm{mixer}(\mathrm{norm}(x))`, then :math:`x + \gamma_2\, \mathrm{mlp}(\mathrm{norm}(x))`, on maps.
+    r""":math:`x + \gamma_1\, \mathrm{mixer}(\mathrm{norm}(x))`, then the same with :math:`\gamma_2` and an MLP, on maps.
 
     Args:
         dim: channels.

@@ -135,7 +135,7 @@ class BiFormer(nn.Module):
         self.norm, self.head = nn.BatchNorm2d(width), nn.Linear(width, num_classes)
         self.apply(init_linear)
 
-    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "b c H W"]]:
+    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "_ _ _ _"]]:
         """The map after the blocks of every level, at strides 4, 8, 16 and 32."""
         check_image(image, self.image_channels)
         maps, x = [], image

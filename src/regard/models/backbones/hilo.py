@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import method
 from regard.layers.vision.hilo import HiLoAttention
-from regard.models.backbones._pyramid import Block, channels_first, channels_last, check_image, drop_rates, init_linear
+from regard.models.backbones._pyramid import (
+    Block,
+    Level,
+    PatchEmbedding,
+    channels_first,
+    channels_last,
+    check_image,
+    drop_rates,
+    init_linear,
+    maps_of,
+)
 from regard.nn.blocks import DropPath
 from regard.ops.positions import grid_positions
 
@@ -25,6 +35,7 @@ class ConvolutionalMLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         nn.init.normal_(self.dwconv.weight, std=(2 / 9) ** 0.5)
+        assert self.dwconv.bias is not None
         nn.init.zeros_(self.dwconv.bias)
 
     def forward(self, x: Float[Tensor, "b H W c"]) -> Float[Tensor, "b H W c"]:
@@ -58,10 +69,11 @@ class DeformableConvolution(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         plain = nn.Conv2d(dim, out, 2)
+        assert plain.bias is not None
         self.weight, self.bias = plain.weight, plain.bias
         self.conv_offset = nn.Conv2d(dim, 8, 2, stride=2)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b o Y X"]:
         offset = self.conv_offset(x).unflatten(1, (4, 2)).permute(0, 3, 4, 1, 2)  # (b, Y, X, 4, 2), (y, x)
@@ -83,22 +95,6 @@ class _Merging(nn.Module):
 
     def forward(self, x: Float[Tensor, "b H W c"]) -> Float[Tensor, "b Y X e"]:
         return channels_last(F.gelu(self.norm_layer(self.dconv(channels_first(x)))))
-
-
-class _Embedding(nn.Module):
-    def __init__(self, image_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj, self.norm = nn.Conv2d(image_channels, dim, 4, stride=4), nn.LayerNorm(dim)
-
-    def forward(self, x: Float[Tensor, "b k Y X"]) -> Float[Tensor, "b H W c"]:
-        return self.norm(channels_last(self.proj(x)))
-
-
-class _Level(nn.Module):
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
 
 
 class LITv2(nn.Module):
@@ -160,7 +156,7 @@ class LITv2(nn.Module):
                 f"depths={depths}, num_heads={num_heads} and window_size={window_size} must have one number for each level"
             )
         self.image_channels = image_channels
-        self.patch_embed = _Embedding(image_channels, dim)
+        self.patch_embed = PatchEmbedding(image_channels, dim, 4)
         self.layers = nn.ModuleList()
         for i, rates in enumerate(drop_rates(drop_path, depths)):
             width = dim * 2**i
@@ -172,20 +168,14 @@ class LITv2(nn.Module):
                 else:
                     mixer = HiLoAttention(width, num_heads[i], window_size[i], alpha=alpha, bias=True)
                     blocks.append(Block(width, mixer, mlp, drop_path=rate))
-            self.layers.append(_Level(blocks, _Merging(width) if i + 1 < len(depths) else None))
+            self.layers.append(Level(blocks, _Merging(width) if i + 1 < len(depths) else None))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
         self.apply(init_linear)
 
-    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "b c H W"]]:
+    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "_ _ _ _"]]:
         """The map after the blocks of every level, at strides 4, 8, 16 and 32."""
         check_image(image, self.image_channels)
-        x, maps = self.patch_embed(image), []
-        for level in self.layers:
-            for block in level.blocks:
-                x = block(x)
-            maps.append(channels_first(x))
-            x = x if level.downsample is None else level.downsample(x)
-        return maps
+        return maps_of(self.patch_embed(image), self.layers)
 
     def forward(self, image: Float[Tensor, "b k Y X"]) -> Float[Tensor, "b classes"]:
         return self.head(self.norm(channels_last(self.features(image)[-1])).mean((1, 2)))

@@ -92,7 +92,9 @@ class MaxViTBlock(nn.Module):
         drop_path: rate of stochastic depth.
     """
 
-    def __init__(self, dim: int, out: int, stride: int, num_heads: int, window_size: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, out: int, stride: int, num_heads: int, window_size: int, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.conv = MBConv(dim, out, stride, drop_path)
         options: dict[str, Any] = {"drop_path": drop_path, "approximate": "tanh"}
@@ -117,6 +119,9 @@ class _Stage(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b o Y X"]:
+        return self.blocks(x)
 
 
 class MaxViT(nn.Module):
@@ -180,7 +185,11 @@ class MaxViT(nn.Module):
             blocks = [MaxViTBlock(*size, width // head_dim, window_size, rate) for size, rate in zip(sizes, rates)]
             self.stages.append(_Stage(blocks))
             before = width
-        self.norm, self.hidden, self.head = nn.LayerNorm(before), nn.Linear(before, before), nn.Linear(before, num_classes)
+        self.norm, self.hidden, self.head = (
+            nn.LayerNorm(before),
+            nn.Linear(before, before),
+            nn.Linear(before, num_classes),
+        )
         self.apply(self._init)
 
     @staticmethod
@@ -196,7 +205,7 @@ class MaxViT(nn.Module):
             if isinstance(module, RelativeAttention):
                 module.resize(window_size)
 
-    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "b c H W"]]:
+    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "_ _ _ _"]]:
         """The map after the blocks of every level, at strides 4, 8, 16 and 32."""
         check_image(image, self.image_channels)
         multiple = 2 ** (len(self.stages) + 1)
@@ -204,7 +213,7 @@ class MaxViT(nn.Module):
             raise ValueError(f"image must have sides that are multiples of {multiple}; got {tuple(image.shape[2:])}")
         x, maps = self.stem(image), []
         for stage in self.stages:
-            x = stage.blocks(x)
+            x = stage(x)
             maps.append(x)
         return maps
 

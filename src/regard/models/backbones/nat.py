@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import method
 from regard.layers.vision.nat import NeighborhoodAttention
-from regard.models.backbones._pyramid import Block, channels_first, channels_last, check_image, drop_rates, init_linear
+from regard.models.backbones._pyramid import (
+    Block,
+    Level,
+    channels_first,
+    channels_last,
+    check_image,
+    drop_rates,
+    init_linear,
+    maps_of,
+)
 from regard.nn.blocks import MLP
 
 
@@ -41,20 +50,14 @@ class _Downsampler(nn.Module):
         return self.norm(channels_last(self.reduction(channels_first(x))))
 
 
-class _Level(nn.Module):
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-
 class NAT(nn.Module):
     r"""The Neighborhood Attention Transformer, an image classifier and backbone.
 
     Overlapping convolutions make tokens at a quarter of the resolution and halve it three times; every block is
     neighbourhood attention and an MLP with residuals.
 
-    .. math:: x \leftarrow x + \gamma_1 \mathrm{NA}(\mathrm{norm}(x)), \qquad x \leftarrow x + \gamma_2 \mathrm{MLP}(\mathrm{norm}(x))
+    .. math:: x \leftarrow x + \gamma_1 \mathrm{NA}(\mathrm{norm}(x)), \qquad
+        x \leftarrow x + \gamma_2 \mathrm{MLP}(\mathrm{norm}(x))
 
     Args:
         dim: channels of the first level; each level doubles them.
@@ -76,6 +79,7 @@ class NAT(nn.Module):
     Cost: 2.7, 4.3, 7.8 and 13.7 GMACs at 224 x 224 for Mini, Tiny, Small and Base.
 
     Example:
+        >>> import torch
         >>> model = nat_mini(dim=16, num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1), num_classes=10)
         >>> model(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 10])
@@ -119,20 +123,14 @@ class NAT(nn.Module):
                 )
                 for rate in rates
             ]
-            self.levels.append(_Level(blocks, _Downsampler(width) if i + 1 < len(depths) else None))
+            self.levels.append(Level(blocks, _Downsampler(width) if i + 1 < len(depths) else None))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
         self.apply(init_linear)
 
-    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "b c H W"]]:
+    def features(self, image: Float[Tensor, "b k Y X"]) -> list[Float[Tensor, "_ _ _ _"]]:
         """The map after the blocks of every level, at strides 4, 8, 16 and 32."""
         check_image(image, self.image_channels)
-        x, maps = self.patch_embed(image), []
-        for level in self.levels:
-            for block in level.blocks:
-                x = block(x)
-            maps.append(channels_first(x))
-            x = x if level.downsample is None else level.downsample(x)
-        return maps
+        return maps_of(self.patch_embed(image), self.levels)
 
     def forward(self, image: Float[Tensor, "b k Y X"]) -> Float[Tensor, "b classes"]:
         return self.head(self.norm(channels_last(self.features(image)[-1])).mean((1, 2)))
