@@ -243,3 +243,30 @@ def reproduce(
         _print_json([r.to_json() for r in results])
     if not all(r.passed for r in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    subject: Annotated[str, typer.Argument(help="A layer, or 'capture': what reading costs.")],
+    against: Annotated[str | None, typer.Option(help="Part of one peer's name; default all peers.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="torch's threads; default as it finds them.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[str | None, typer.Option(help="Folder for the CSV; default: print only.")] = None,
+) -> None:
+    """Time a layer beside what you would use instead, as ratios; no number while a check fails."""
+    import torch
+    from rich.console import Console
+
+    from regard.bench.run import bench as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _bad_input():
+        found = run(subject, against, rounds=rounds, device=device)
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160
+        console.print(found)
+        if out is not None:
+            typer.echo(found.save(out))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,8 @@ def test_killed_in_mid_run_and_going_on(tmp_path: Path) -> None:
         f"spec = importlib.util.spec_from_file_location('this', {__file__!r})\n"
         "this = importlib.util.module_from_spec(spec); spec.loader.exec_module(this)\n"
         "slow = lambda facts: (print(facts['epoch'], flush=True), time.sleep(60 if facts['epoch'] == 2 else 0))\n"
-        f"this.fit(this.network(), this.world(), this.world(), this.RECIPE, seed=2, checkpoint={str(checkpoint)!r}, report=slow)\n"
+        "model, data = this.network(), this.world()\n"
+        f"this.fit(model, data, data, this.RECIPE, seed=2, checkpoint={str(checkpoint)!r}, report=slow)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -200,7 +202,7 @@ def test_recipe() -> None:
     rates = [Recipe(lr=2.0, warmup=0.25).rate(step, 16) for step in range(16)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4] == 2.0
-    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+    assert all(a > b for a, b in pairwise(rates[4:]))
     assert 0 < rates[-1] < 0.05
     for wrong in ({"epochs": 0}, {"lr": -1.0}, {"lr": float("nan")}, {"warmup": 1.0}, {"label_smoothing": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -26,9 +26,10 @@ from regard.view.command import compare_command
 from regard.view.compare import LAYERS, compare
 from regard.view.comparison import Comparison
 
-SMALL: dict[str, Any] = dict(
-    seeds=2, epochs=1, dim=8, depth=(1,), patch=2, sides=(14, 15, 16), workers=2, progress=False
-)
+SMALL: dict[str, Any] = {
+    **{"seeds": 2, "epochs": 1, "dim": 8, "depth": (1,), "patch": 2},
+    **{"sides": (14, 15, 16), "workers": 1, "progress": False},
+}
 app = Typer()
 app.command()(compare_command)
 

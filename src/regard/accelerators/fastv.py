@@ -50,7 +50,7 @@ class FastV:
 
     Example:
         >>> round(FastV(keep=0.5, after=2).saving(layers=32, tokens=640, image=576, dim=4096, hidden=11008), 2)
-        0.44
+        0.43
 
     Differs: the released cached variant counts positions anew after pruning and ranks by the first item of a batch; here
     positions stay the true ones and every item is ranked by its own attention. Where the items have different numbers of

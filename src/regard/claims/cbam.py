@@ -56,7 +56,7 @@ def clutter(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Coloured noise of a coarse and a fine grain."""
     coarse = torch.randn(count, 3, size // 4, size // 4, generator=generator)
     fine = torch.randn(count, 3, size, size, generator=generator)
-    return F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) + 0.5 * fine
+    return 0.6 * F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) + 0.4 * fine
 
 
 def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,9 +88,9 @@ def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
         along, across = (dx - uniform(-1, 1)).abs(), (dy - uniform(-1, 1)).abs()
         turn = torch.rand(count, 1, 1, generator=generator) < 0.5
         stroke = torch.where(turn, (along < 0.35) & (across < 0.07), (across < 0.35) & (along < 0.07))
-        images = torch.where(stroke[:, None], 2 * torch.randn(count, 3, 1, 1, generator=generator), images)
+        images = torch.where(stroke[:, None], torch.randn(count, 3, 1, 1, generator=generator), images)
     colour = F.normalize(torch.randn(count, 3, 1, 1, generator=generator), dim=1) * 2
-    images = torch.where(mask[:, None], colour + 0.5 * torch.randn(images.shape, generator=generator), images)
+    images = torch.where(mask[:, None], colour + 0.4 * torch.randn(images.shape, generator=generator), images)
     return images, label, mask
 
 
@@ -143,7 +143,7 @@ def spatial_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    count, tested, epochs = (128, 64, 1) if budget == "smoke" else (2400, 2000, 14)
+    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (2400, 2000, 14)
     gates: dict[str, Gate] = {"plain": lambda dim: nn.Identity(), "channel": lambda dim: ChannelGate(dim), "cbam": CBAM}
     errors: dict[str, list[float]] = {name: [] for name in gates}
     areas = []

@@ -70,11 +70,13 @@ class Call:
         self.mixed: Tensor | None = None
         self.final_weights: Tensor | None = None
         self.key_scale: Tensor | None = None
-        self.product = 0
+        self.product: int | None = None
         self.site = ""
         self.step = Step()
         self.tokens_q: Tokens | None = None
         self.tokens_k: Tokens | None = None
+        self.unscaled: Tensor | None = None
+        self.graded = False
         self.q_start = 0
         self.versions: tuple[int, ...] = ()
         self.out_grad: Tensor | None = None

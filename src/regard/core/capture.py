@@ -32,16 +32,14 @@ class Capture(Watch):
             return self._saw_compiled(tap.name, call, out)
         super().saw(tap, call, out, seam)
         if in_backward():
-            self._recomputed(tap.name, out)
-            return out
+            return self._recomputed(tap.name, call, out)
         self._learn(tap, call, seam)
-        call.versions = tuple(t._version for t in (call.q, call.k, call.v))
+        if not call.q.is_inference():
+            call.versions = tuple(t._version for t in (call.q, call.k, call.v))
         self._calls.setdefault(tap.name, []).append(call)
         self._order.append(call)
-        if self.grad and out.requires_grad:
-            out = out.view_as(out)
-            out.register_hook(_keep_gradient(call))
-            call.out = out
+        if self.grad and out.requires_grad and not call.graded:
+            out = call.out = _hooked(call, out, call)
         return out
 
     def _saw_compiled(self, name: str, call: Call, out: Tensor) -> Tensor:
@@ -52,18 +50,20 @@ class Capture(Watch):
         self.raw[name] = (call, call.mixed, out)
         return out
 
-    def _recomputed(self, name: str, out: Tensor) -> None:
+    def _recomputed(self, name: str, again: Call, out: Tensor) -> Tensor:
         """The forward ran without a graph and runs again in the backward pass: only this run gets the gradient."""
-        if not (self.grad and out.requires_grad):
-            return
-        waiting = [c for c in self._calls.get(name, []) if c.out_grad is None and not c.out.requires_grad]
-        if waiting:
-            out.register_hook(_keep_gradient(waiting[-1]))
+        if not (self.grad and out.requires_grad) or again.mixed is None:
+            return out
+        for call in self._calls.get(name, []):
+            # A module that ran several times is told apart by what it gave.
+            if not (call.graded or call.mixed is None) and torch.equal(call.mixed, again.mixed):
+                return _hooked(again, out, call)
+        return out
 
     def _learn(self, tap: Tap, call: Call, seam: str) -> None:
         sites = knowledge(self.model).sites
         if self.exact and tap.name not in sites:
-            sites[tap.name] = Known(_seam(seam), qk=call.product)
+            sites[tap.name] = Known(_seam(seam), qk=frozenset([] if call.product is None else [call.product]))
 
     def _settle(self) -> None:
         """Calls recorded inside compiled code become ordinary ones."""
@@ -120,11 +120,19 @@ def _seam(seam: str) -> Seam:
     return "interface" if seam == "interface" else "own" if seam == "own" else "function"
 
 
-def _keep_gradient(call: Call) -> Any:
-    def keep(grad: Tensor) -> None:
-        call.out_grad = grad.detach() if call.out_grad is None else call.out_grad + grad.detach()
+def _hooked(call: Call, out: Tensor, keeper: Call) -> Tensor:
+    """Weights times values of ``call`` tell ``keeper`` their gradient; edits of heads and out come after them."""
 
-    return keep
+    def keep(grad: Tensor) -> None:
+        keeper.out_grad = grad.detach() if keeper.out_grad is None else keeper.out_grad + grad.detach()
+
+    keeper.graded = True
+    edited = call.mixed is not out
+    # A view of its own: what the host does with the tensor afterwards is not part of the gradient.
+    mixed = out.view_as(out) if call.mixed is None or not edited else call.mixed
+    if mixed.requires_grad:
+        mixed.register_hook(keep)
+    return out if edited else mixed
 
 
 def capture(model: nn.Module, where: str | Sequence[str] = "*", *, grad: bool = False) -> Capture:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.core.slices import exact
+from regard.core.lower import index_grid, keys_of, scale_keys
 from regard.core.tokens import Rows, pick
 from regard.ops import attend as ops
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from regard.core.watch import Watch
 
 # In the order in which they are applied within one call.
-QUANTITIES = ("kv", "q", "k", "v", "scale_keys", "mask", "bias", "scores", "weights", "heads", "out")
-TOUCHES = {"kv": {"k", "v"}, "scale_keys": {"v"}, "heads": {"out"}}
+QUANTITIES = ("kv", "share", "q", "k", "v", "scale_keys", "mask", "bias", "scores", "weights", "heads", "out")
+TOUCHES = {"kv": {"k", "v"}, "share": {"k", "v"}, "scale_keys": {"v"}, "heads": {"out"}}
 COMMUTES = {"scale_keys", "mask", "bias", "heads"}
 EAGER = {"scores", "weights"}
+BEFORE_QK = {"q", "k", "kv", "share"}
 
 
 class EditConflict(ValueError):
@@ -56,7 +57,7 @@ class Edit:
             raise ValueError(f"quantity={self.quantity!r} is not one of {', '.join(QUANTITIES)}")
         if self.branch not in (None, "cond", "uncond"):
             raise ValueError(f"branch={self.branch!r} is not 'cond' or 'uncond'")
-        if self.quantity in ("mask", "kv") and self.strength not in (0, 1):
+        if self.quantity in ("mask", "kv", "share") and self.strength not in (0, 1):
             raise ValueError(f"strength={self.strength}: an edit of {self.quantity} is on (1) or off (0)")
         if self.quantity == "kv" and self.only is not None:
             raise ValueError("only= does not apply to keys and values taken together; edit k and v")
@@ -87,15 +88,15 @@ class Edit:
     def share(rows: Mapping[int, int], **options: Any) -> Edit:
         """Batch row ``i`` attends to the keys and values of row ``rows[i]``."""
 
-        def change(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-            source = list(range(len(k)))
+        def change(x: Tensor, call: Call) -> Tensor:
+            source = list(range(len(x)))
             for row, other in rows.items():
-                if not (0 <= row < len(k) and 0 <= other < len(k)):
-                    raise ValueError(f"share({dict(rows)}): the batch at {call.site} has {len(k)} rows")
+                if not (0 <= row < len(x) and 0 <= other < len(x)):
+                    raise ValueError(f"share({dict(rows)}): the batch at {call.site} has {len(x)} rows")
                 source[row] = other
-            return k[source], v[source]
+            return x[source]
 
-        return Edit("kv", change, **options)
+        return Edit("share", change, **options)
 
     @staticmethod
     def scale_keys(where: Rows, factor: float | Tensor, *, renormalize: bool = False, **options: Any) -> Edit:
@@ -106,7 +107,7 @@ class Edit:
 
         def change(call: Call) -> Tensor:
             factors = torch.ones(call.k.shape[2], dtype=call.q.dtype, device=call.q.device)
-            index = _keys(call, where)
+            index = keys_of(call, where)
             value = torch.as_tensor(factor, dtype=factors.dtype, device=factors.device)
             factors = factors.index_put((index,), value.expand(len(index)))
             return factors.log() if renormalize else factors
@@ -176,6 +177,8 @@ class Edit:
                         f"{call.site}: keys went from {call.k.shape[2]} to {k.shape[2]}, but the call has a mask for the old ones"
                     )
                 call.k, call.v = self._rows(k, call.k, call), self._rows(v, call.v, call)
+            case "share":
+                call.k, call.v = (self._rows(self.change(x, call), x, call) for x in (call.k, call.v))
             case "q" | "k" | "v":
                 old = getattr(call, self.quantity)
                 setattr(
@@ -184,7 +187,7 @@ class Edit:
             case "scale_keys":
                 factors = self._toward(self.change(call), 1.0).view(1, 1, 1, -1)
                 inside = self._inside(call, factors.device)
-                call.scale_keys(factors if inside is None else torch.where(inside, factors, 1.0))
+                scale_keys(call, factors if inside is None else torch.where(inside, factors, 1.0))
             case "mask":
                 allow = self.change(call)
                 inside = self._inside(call, allow.device)
@@ -201,7 +204,7 @@ class Edit:
                 call.bias = added if call.bias is None else call.bias + added
 
     def on_scores(self, scores: Tensor, call: Call) -> Tensor:
-        return self._blend(self.change(scores, *_grid(call)), scores, call)
+        return self._blend(self.change(scores, *index_grid(call)), scores, call)
 
     def on_weights(self, weights: Tensor, call: Call) -> Tensor:
         return self._blend(_same(self.change(weights, call), weights, "weights", call), weights, call)
@@ -251,49 +254,12 @@ class Edit:
         return inside
 
 
-def run_eager(call: Call, edits: Sequence[Edit]) -> Tensor:
-    """The output with the matrix in the open, edits of scores and weights applied."""
-    scores = call.raw_scores()
-    for e in edits:
-        if e.quantity == "scores":
-            scores = e.on_scores(scores, call)
-    weights = call.normalize(scores, call.allowed())
-    return mix_edited(weights, call, edits)
-
-
-def mix_edited(weights: Tensor, call: Call, edits: Sequence[Edit]) -> Tensor:
-    for e in edits:
-        if e.quantity == "weights":
-            weights = e.on_weights(weights, call)
-    call.final_weights = weights
-    if call.dropout:
-        weights = torch.nn.functional.dropout(weights, call.dropout)
-    return ops.mix(weights, exact(call.v)).to(call.v.dtype)
-
-
-def _keys(call: Call, where: Rows) -> Tensor:
-    if isinstance(where, str):
-        if call.tokens_k is None:
-            raise ValueError(
-                f"{where!r}: the key tokens of {call.site} have no names; describe them with regard.tokens(model, k='text[77]')"
-            )
-        return call.tokens_k.index(where, call.q.device)
-    return pick(torch.arange(call.k.shape[2], device=call.q.device), where)
-
-
-def _grid(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, h, l), s, device = call.q.shape[:3], call.k.shape[2], call.q.device
-    axes = [torch.arange(n, device=device) for n in (b, h, l, s)]
-    axes[2] = axes[2] + call.q_start
-    return tuple(a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))  # type: ignore[return-value]
-
-
 def _pairs(allow: Callable[..., Tensor] | Tensor) -> Callable[[Call], Tensor]:
     if isinstance(allow, Tensor):
         if allow.dtype != torch.bool:
             raise ValueError(f"mask must be boolean, True where a query may look; got {allow.dtype}")
         return lambda call: allow.to(call.q.device)
-    return lambda call: allow(*_grid(call))
+    return lambda call: allow(*index_grid(call))
 
 
 def _same(new: Tensor, old: Tensor, name: str, call: Call) -> Tensor:

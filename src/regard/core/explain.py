@@ -65,20 +65,23 @@ def explain(
     Args:
         inputs: a tensor, or a mapping of keyword arguments of the model.
         method: registry name of an explainer, or an explainer.
-        target: class to explain, one for all or one an item; default each item's prediction. Or a function of the model's
-            output that gives the number to explain, for outputs that are no logits of an item: ``lambda out: out.logits[:, 3, 7]``
-            is class 7 at position 3.
+        target: class to explain, one for all or one an item; default each item's prediction. Or, for an output that is not
+            one row of logits an item, a function of it that gives the number: ``lambda out: out.logits[:, 3, 7]`` is class 7
+            of query 3.
         where: sites that are read; default the explainer's choice, else all self-attention.
         arguments: passed to the explainer when it is given by name.
 
     Raises:
-        ValueError: no such explainer, a target outside the classes, a model in which nothing was captured.
+        ValueError: no such explainer, arguments for one that is not given by name, a target outside the classes, a model in
+            which nothing was captured.
     """
     if isinstance(method, str):
         record = registry.get(method)
         if record.kind != "explainer":
             raise ValueError(f"method={method!r} is a {record.kind}, not an explainer")
         method = record.create(**arguments)
+    elif arguments:
+        raise ValueError(f"arguments {sorted(arguments)} go with a method given by name")
     needs = method.needs
     unknown = needs - {"weights", "weights_grad", "features"}
     if unknown:
@@ -90,12 +93,14 @@ def explain(
     else:
         if not knowledge(model).sites:
             sites(model, **keywords) if keywords is not None else sites(model, inputs)
-        evidence = Capture(model, where or getattr(method, "where", "self"), grad=grad)
+        read = getattr(method, "where", "self") if where is None else where
+        evidence = Capture(model, read, grad=grad)
     with evidence, torch.set_grad_enabled(grad), _gradients_of(model, grad):
         output = model(**keywords) if keywords is not None else model(inputs)
         if grad:
             score_of(output, target).backward()
-    relevance = method.explain(evidence)
+    with torch.no_grad():
+        relevance = method.explain(evidence)
     image = next(
         (t for t in (keywords.values() if keywords else [inputs]) if isinstance(t, Tensor) and t.ndim == 4), None
     )
@@ -136,6 +141,8 @@ def _read_by_default(call: Call) -> Rows:
         return "cls"
     if is_causal(call):
         return -1
+    if call.q.shape[2] == 1:
+        return 0
     if "image" in roles:
         return "image"
     raise ValueError(

@@ -24,8 +24,8 @@ class Known:
     seam: Seam
     kind: str = "self"
     reason: str | None = None
-    qk: int | None = None
-    """Which matrix product of a hand-written site is q k^T, counted from the start of its forward."""
+    qk: frozenset[int] = frozenset()
+    """Which matrix products of a hand-written site are q k^T, counted from the start of its forward."""
     tokens_q: Tokens | None = None
     tokens_k: Tokens | None = None
 

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.core.edit import Edit
+from regard.core.edit import BEFORE_QK, Edit
 from regard.core.slices import exact
 from regard.core.tap import SEAMS, Tap
-from regard.ops import attend as ops
 
 
 def sdpa_mask(call: Call) -> tuple[Tensor | None, bool]:
@@ -47,11 +46,10 @@ def _sdpa_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if query.ndim != 4:
-        query4, key4, value4 = (_four(x) for x in (query, key, value))
-    else:
-        query4, key4, value4 = query, key, value
-    call = Call(query4, key4, value4, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
+    mask = attn_mask
+    if mask is not None and query.ndim != 4 and mask.ndim > 2:
+        mask = _four(mask.broadcast_to(*query.shape[:-2], *mask.shape[-2:]))
+    call = Call(*map(_four, (query, key, value)), mask=mask, causal=is_causal, scale=scale, dropout=dropout_p)
     before = (call.q, call.k, call.v, call.mask, call.bias)
 
     def native(c: Call) -> Tensor:
@@ -69,9 +67,9 @@ def _sdpa_call(
 
 def _four(x: Tensor) -> Tensor:
     """(b, h, n, d) of what may have no head axis, or more than one batch axis."""
-    if x.ndim == 4:
-        return x
-    return x.unsqueeze(1) if x.ndim == 3 else x.reshape(-1, *x.shape[-3:])
+    if x.ndim < 4:
+        return x.reshape(*x.shape[:-2], *(1,) * (4 - x.ndim), *x.shape[-2:])
+    return x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:])
 
 
 def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,39 +84,52 @@ def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if plan is None:
         return func(*args, **kwargs)
     left, right = operands
+    tap.mixes = tap.mixes or bool(tap.softmaxes)
     if tap.pending is not None and left is tap.pending[0] and plan in ("plain", "values"):
         return _values(tap, func, args, kwargs, right)
-    number, tap.products = tap.products, tap.products + 1
-    right_is_k = plan == "scores"
-    edits = _qk_edits(tap, number, left, right if right_is_k else right.transpose(-1, -2)) if tap.editing() else []
+    number = tap.number()
+    k = right if plan == "scores" else right.transpose(-1, -2)
+    if k.ndim != left.ndim:
+        return func(*args, **kwargs)
+    edits = _qk_edits(tap, number, left, k) if tap.editing() else []
     if edits:
-        call = Call(left, right if right_is_k else right.transpose(-1, -2), left, scale=1.0)
+        call = Call(_heads_apart(tap, left), _heads_apart(tap, k), _heads_apart(tap, k), scale=1.0)
         call.site = tap.name
         for e in edits:
             e.before(call)
-        swap = {id(left): call.q, id(right): call.k if right_is_k else call.k.transpose(-1, -2)}
+        q, k = (_heads_back(x, old) for x, old in ((call.q, left), (call.k, k)))
+        swap = {id(left): q, id(right): k if plan == "scores" else k.transpose(-1, -2)}
         args = tuple(swap.get(id(a), a) for a in args)
         kwargs = {n: swap.get(id(a), a) for n, a in kwargs.items()}
-        left, right = call.q, swap[id(right)]
+        left = q
     result = func(*args, **kwargs)
-    keys = right if plan == "scores" else right.transpose(-1, -2)
-    tap.last_product = (left, keys, result, number)
+    tap.products.append((left, k, result, number))
     return result
 
 
 def _qk_edits(tap: Tap, number: int, q: Tensor, k: Tensor) -> list[Edit]:
     """Edits of q and k for the product ``number`` of a hand-written site; the site must have been seen before."""
-    edits = [e for e in tap.begin(Call(q, k, k, scale=1.0)) if e.quantity in ("q", "k", "kv")]
+    edits = [e for e in tap.begin(Call(_heads_apart(tap, q), *2 * [_heads_apart(tap, k)])) if e.quantity in BEFORE_QK]
     if not edits:
         return []
     if any(e.quantity == "kv" for e in edits):
         raise ValueError(f"{tap.name} computes its attention by hand: edit k and v separately there, not together")
     known = tap.watches[0].known(tap.name)
-    if known is None or known.qk is None:
+    if known is None or not known.qk:
         raise ValueError(
             f"{tap.name} computes its attention by hand: run regard.sites(model, ...) once before editing q or k there"
         )
-    return edits if known.qk == number else []
+    return edits if number in known.qk else []
+
+
+def _heads_apart(tap: Tap, x: Tensor) -> Tensor:
+    """(b, h, n, d) of a hand-written site's tensor, where heads may be folded into the batch axis."""
+    return x.unflatten(0, (-1, tap.folded_heads(x.shape[0]))) if x.ndim == 3 else _four(x)
+
+
+def _heads_back(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`_heads_apart`: the leading axes of ``like``."""
+    return x if x.ndim == like.ndim else x.reshape(*like.shape[:-2], *x.shape[-2:])
 
 
 def _einsum_plan(equation: Any, operands: list[Tensor]) -> str | None:
@@ -139,7 +150,6 @@ def _einsum_plan(equation: Any, operands: list[Tensor]) -> str | None:
 def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     scores = args[0] if args else kwargs.get("input", kwargs.get("self"))
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    product = tap.last_product
     if not isinstance(scores, Tensor) or scores.ndim < 3 or dim is None:
         return func(*args, **kwargs)
     if dim not in (-1, scores.ndim - 1):
@@ -147,43 +157,34 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             f"its softmax runs over axis {dim} of {scores.ndim}, not over the keys: a factorised (linear) form"
         )
         return func(*args, **kwargs)
-    if product is None or product[2].numel() != scores.numel() or product[2].shape[-2:] != scores.shape[-2:]:
+    product = next((p for p in reversed(tap.products) if p[2].shape[-2:] == scores.shape[-2:]), None)
+    if product is None or product[2].numel() != scores.numel():
         tap.softmaxes.append("its softmax is not over products of queries with keys")
         return func(*args, **kwargs)
     q, k, _, number = product
-    shape = (-1, *scores.shape[-3:]) if scores.ndim != 3 else None
-    heads = getattr(tap.module, "num_heads", None) or getattr(tap.module, "num_attention_heads", None) or 1
-    fold = (lambda x: x.unflatten(0, (-1, heads))) if shape is None else (lambda x: x.reshape(-1, *x.shape[-3:]))
-    if shape is None and scores.shape[0] % heads:
-        heads = 1
-    k = k.expand(*q.shape[:-2], *k.shape[-2:]) if k.ndim == q.ndim else k
-    call = Call(fold(q), fold(k), fold(k), scale=1.0, host_scores=fold(scores))
+    k = _heads_apart(tap, k.expand(*q.shape[:-2], *k.shape[-2:]))
+    call = Call(_heads_apart(tap, q), k, k, scale=1.0, host_scores=_heads_apart(tap, scores))
+    call.product = number
+    tap.softmaxes.append("its weights are changed between the softmax and the product with the values: a mixture")
     edits = tap.begin(call)
-    changed = scores
-    if edits:
-        for e in edits:
-            if e.quantity in ("mask", "bias"):
-                e.before(call)
+    before = [e for e in edits if e.quantity in ("mask", "bias", "scores")]
+    for e in before:
+        if e.quantity != "scores":
+            e.before(call)
+    if before:
         edited = call.raw_scores() if call.bias is None else call.raw_scores() + call.bias
-        for e in edits:
+        for e in before:
             if e.quantity == "scores":
                 edited = e.on_scores(edited, call)
-        if edited is not call.host_scores and any(e.quantity in ("mask", "bias", "scores") for e in edits):
-            allowed = call.allowed()
-            call.host_scores, call.bias = edited, None
-            weights4 = ops.softmax(edited, allowed)
-            weights = weights4.reshape(scores.shape).to(scores.dtype)
-        else:
-            weights = func(*args, **kwargs)
-        for e in edits:
-            if e.quantity == "weights":
-                call.final_weights = e.on_weights(fold(exact(weights)), call)
-                weights = call.final_weights.reshape(scores.shape).to(scores.dtype)
+        call.host_scores, call.bias = edited, None
+        weights = _heads_back(call.normalize(edited, call.allowed()), scores).to(scores.dtype)
     else:
-        weights = func(changed, *args[1:], **kwargs) if args else func(**kwargs)
-    tap.softmaxes.append("its weights are changed between the softmax and the product with the values: a mixture")
+        weights = func(*args, **kwargs)
+    for e in edits:
+        if e.quantity == "weights":
+            call.final_weights = e.on_weights(_heads_apart(tap, exact(weights)), call)
+            weights = _heads_back(call.final_weights, scores).to(scores.dtype)
     tap.pending = (weights, call)
-    call.product = number
     return weights
 
 
@@ -192,22 +193,22 @@ def _values(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     assert tap.pending is not None
     call = tap.pending[1]
     tap.pending = None
+    tap.softmaxes.clear()
     edits = tap.edits(call)
-    four = call.q.shape
-    v4 = v.reshape(four[0], four[1], *v.shape[-2:]) if v.ndim != 4 else v
-    call.v = v4
+    k, call.v = call.k, _heads_apart(tap, v)
+    given = call.v
     for e in edits:
-        if e.quantity in ("v", "scale_keys"):
+        if e.quantity in ("v", "share", "scale_keys"):
             e.before(call)
-    if call.v is not v4:
-        back = call.v.reshape(v.shape)
+    call.k = k
+    if call.v is not given:
+        back = _heads_back(call.v, v)
         args = tuple(back if a is v else a for a in args)
         kwargs = {n: back if a is v else a for n, a in kwargs.items()}
     result = func(*args, **kwargs)
-    out = result.reshape(four[0], four[1], *result.shape[-2:]) if result.ndim != 4 else result
-    tap.softmaxes.clear()
+    out = _heads_apart(tap, result)
     done = tap.finish(call, out, edits, "function")
-    return result if done is out else done.reshape(result.shape)
+    return result if done is out else _heads_back(done, result)
 
 
 def _dropout(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -99,11 +99,13 @@ class _Probe(Watch):
         self.first: dict[str, tuple[Call, str, int]] = {}
         self.turned_down: dict[str, str] = {}
         self.errors: dict[str, float] = {}
-        self.inputs: dict[str, int] = {}
+        self.products: dict[str, set[int]] = {}
         super().__init__(model)
 
     def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
         super().saw(tap, call, out, seam)
+        if call.product is not None:
+            self.products.setdefault(tap.name, set()).add(call.product)
         if tap.name in self.first:
             first, seam, count = self.first[tap.name]
             self.first[tap.name] = (first, seam, count + 1)
@@ -153,7 +155,8 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
         fits = error <= tolerance(call.q.dtype)
         misfit = None if fits else f"weights times values differ from its output by {error:.1e}"
         kind = host.kind(model, name, call) or contexts.kind(name, call)
-        facts.sites[name] = Known(seam, kind, misfit, call.product)  # type: ignore[arg-type]
+        products = frozenset(probe.products.get(name, ()))
+        facts.sites[name] = Known(seam, kind, misfit, products)  # type: ignore[arg-type]
         said_q, said_k = facts.tokens(name, kind, call.q.shape[2], call.k.shape[2])
         found[name] = Site(
             name=name,
@@ -183,7 +186,6 @@ class _Contexts:
 
     def __init__(self, model: nn.Module) -> None:
         self.streams: dict[str, list[tuple[int, ...]]] = {}
-        self.same: dict[str, bool] = {}
         self.model = model
 
     def __enter__(self) -> _Contexts:
@@ -201,21 +203,20 @@ class _Contexts:
             streams = [
                 a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim >= 3
             ]
-            distinct: list[Tensor] = []
-            for stream in streams:
-                if not any(stream is d for d in distinct):
-                    distinct.append(stream)
-            self.streams.setdefault(name, [tuple(d.shape) for d in distinct if d.ndim == 3 or len(distinct) == 1])
+            # Queries, keys, values: what the values come from does not matter, and a position may have been added twice.
+            if len(streams) > 1 and (streams[0] is streams[1] or torch.equal(*streams[:2])):
+                streams = streams[:1]
+            self.streams.setdefault(name, [tuple(x.shape) for x in streams[:3] if x.ndim == 3 or len(streams) == 1])
 
         return note
 
     def kind(self, name: str, call: Call) -> str:
         l, s, h, d = call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.shape[-1]
+        streams = self.streams.get(name, [])
         # A mask or a position bias is no stream of tokens.
-        streams = [shape for shape in self.streams.get(name, []) if shape[-2:] != (l, s)]
+        streams = streams[:1] + [x for x in streams[1:] if x[-2:] != (l, s) or x[-1] == streams[0][-1]]
         if len(streams) >= 2:
-            tokens = sorted(shape[1] for shape in streams)
-            if l == s and l == sum(tokens):
+            if l == s and l == streams[0][1] + streams[1][1]:
                 return "joint"
             return "cross" if streams[1][1] == s or streams[1][0] == s else "self"
         if (

@@ -20,11 +20,13 @@ def chosen(steps: slice | range | int | None, index: int) -> bool:
     """Whether step ``index`` is among ``steps`` (None: every step)."""
     if steps is None:
         return True
-    if isinstance(steps, int):
-        return index == steps
     if isinstance(steps, slice):
         start, stop, stride = steps.start or 0, steps.stop, steps.step or 1
-        if start < 0 or (stop is not None and stop < 0) or stride < 1:
-            raise ValueError(f"steps={steps} must count from the front: the number of steps is not known in advance")
+        ends = (start, stop or 0, stride - 1)
+    else:
+        ends = (steps,) if isinstance(steps, int) else (*steps[:1], *steps[-1:])
+    if min(ends, default=0) < 0:
+        raise ValueError(f"steps={steps} must count from the front: the number of steps is not known in advance")
+    if isinstance(steps, slice):
         return index >= start and (stop is None or index < stop) and (index - start) % stride == 0
-    return index in steps
+    return index == steps if isinstance(steps, int) else index in steps

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.core.call import Call
-from regard.core.edit import EAGER, QUANTITIES, Edit, run_eager
+from regard.core.edit import EAGER, QUANTITIES, Edit
+from regard.core.lower import run_eager
 
 if TYPE_CHECKING:
     from regard.core.watch import Watch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Handler = Callable[["Tap", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 SEAMS: dict[Callable[..., Any], Handler] = {}
 ATTRIBUTE = "_regard_taps"
+HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads", "n_head", "nhead")
 
 
 def in_backward() -> bool:
@@ -54,10 +56,12 @@ class Tap(TorchFunctionMode):
 
     def forget(self) -> None:
         """Start of a forward: nothing is half seen."""
-        self.products = 0
-        self.last_product: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self.count = 0
+        self.products: list[tuple[Tensor, Tensor, Tensor, int]] = []
         self.pending: tuple[Tensor, Call] | None = None
         self.softmaxes: list[str] = []
+        self.mixes = False
+        self.batch = 0
 
     # -- installing -------------------------------------------------------------------------------------------------
 
@@ -89,26 +93,42 @@ class Tap(TorchFunctionMode):
         if not self.here():
             return
         self.forget()
-        if not self.exact:
+        self.batch = next((a.shape[0] for a in args if isinstance(a, Tensor) and a.ndim >= 3), 0)
+        if not torch.compiler.is_compiling():
             _STACK.taps.append(self)
         self.__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.here():
             return
-        self.__exit__(None, None, None)
-        if not self.exact and _STACK.taps and _STACK.taps[-1] is self:
+        if not torch.compiler.is_compiling():
+            if not _STACK.taps or _STACK.taps[-1] is not self:
+                return  # Another hook failed before this tap was entered.
             _STACK.taps.pop()
-            if self.softmaxes:
-                for watch in self.watches:
-                    watch.refused(self, self.softmaxes[-1])
+        self.__exit__(None, None, None)
+        if not self.exact and self.softmaxes and self.mixes:
+            for watch in self.watches:
+                watch.refused(self, self.softmaxes[-1])
+        self.forget()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = SEAMS.get(func)
-        if handler is None or self.quiet or (not self.exact and _STACK.taps[-1] is not self):
+        if handler is None or self.quiet or not (torch.compiler.is_compiling() or _STACK.taps[-1] is self):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
+
+    def folded_heads(self, size: int) -> int:
+        """How many heads are folded into a batch axis of ``size``; 1 where it is the batch of the module's input."""
+        heads = next((n for name in HEADS if isinstance(n := getattr(self.module, name, None), int)), 1)
+        return heads if size % heads == 0 and size != self.batch else 1
+
+    def number(self) -> int:
+        """Number of the matrix product that runs now among those of this module and the modules in it."""
+        number = self.count
+        for tap in (self,) if torch.compiler.is_compiling() else _STACK.taps:
+            tap.count += 1
+        return number
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
@@ -141,6 +161,8 @@ class Tap(TorchFunctionMode):
 
     def finish(self, call: Call, out: Tensor, edits: list[Edit], seam: str) -> Tensor:
         call.mixed = out
+        if call.unscaled is not None:
+            call.v = call.unscaled
         for e in edits:
             if e.quantity in ("heads", "out"):
                 out = e.after(out, call)

@@ -60,6 +60,10 @@ class Tokens:
     def size(self) -> int:
         return sum(s.size for s in self.segments)
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(s.shape for s in self.segments)
+
     def span(self, role: str) -> slice:
         """Where ``role`` stands on the axis."""
         start = 0
@@ -97,7 +101,10 @@ class Tokens:
         if low is None:
             return span
         if colon:
-            return inside[slice(int(low) if low else None, int(high) if high else None)]
+            chosen = inside[slice(int(low) if low else None, int(high) if high else None)]
+            if not chosen:
+                raise ValueError(f"tokens {part.strip()!r} are none: {role} has {len(inside)} tokens")
+            return chosen
         if low == "" or not -len(inside) <= int(low) < len(inside):
             raise ValueError(f"tokens {part.strip()!r}: {role} has {len(inside)} tokens")
         return [inside[int(low)]]

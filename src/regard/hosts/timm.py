@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor, nn
 
@@ -13,23 +11,27 @@ from regard.core.swap import Plan, Projection, Projections
 from regard.core.tokens import Segment, Tokens
 
 
+# Attention in which the tokens are channels.
+CHANNEL = ("XCA", "ChannelAttention", "ChannelAttentionV2", "CrossCovarianceAttn")
+
+
 class Timm(Host):
     """Class and register tokens first, then the patches row by row; windowed sites see one window each."""
 
     name = "timm"
 
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
-        layout = _layout(model, sample.shape)
-        window = _window(model.get_submodule(name))
-        found: list[Tokens | None] = []
-        for size in (call.q.shape[2], call.k.shape[2]):
-            if layout is not None and layout.size == size:
-                found.append(layout)
-            elif window is not None and prod(window) == size:
-                found.append(Tokens((Segment("window", window),)))
-            else:
-                found.append(None)
-        return found[0], found[1]
+        if self.kind(model, name, call) == "channel":
+            return None, None
+        # A whole image that is one window is called an image; the attention of some plain ViTs has a window of that size.
+        layouts = [x for x in (_layout(model, sample.shape), _part(model, name)) if x is not None]
+        if len(layouts) == 2 and layouts[0].size == layouts[1].size and layouts[0].shapes != layouts[1].shapes:
+            del layouts[0]
+        q, k = (next((x for x in layouts if x.size == n), None) for n in (call.q.shape[2], call.k.shape[2]))
+        return q, k
+
+    def kind(self, model: nn.Module, name: str, call: Call) -> str | None:
+        return "channel" if type(model.get_submodule(name)).__name__ in CHANNEL else None
 
     def plan(self, model: nn.Module, name: str) -> Plan | None:
         module = model.get_submodule(name)
@@ -41,7 +43,8 @@ class Timm(Host):
         q, k, v = _split(qkv, 3)
         out = _split(proj, 1)[0]
         prefix = getattr(model, "num_prefix_tokens", 0)
-        grid = _window(module)
+        part = _part(model, name)
+        grid = None if part is None else part.segments[0].shape
         if grid is None and hasattr(model, "patch_embed"):
             grid = getattr(model.patch_embed, "grid_size", None)
         projections = Projections(qkv.in_features, heads, heads, q, k, v, out)
@@ -62,11 +65,16 @@ def _layout(model: nn.Module, sample: tuple[int, ...]) -> Tokens | None:
     return Tokens((*segments, Segment("image", grid)))
 
 
-def _window(module: nn.Module) -> tuple[int, ...] | None:
-    window = getattr(module, "window_size", None)
-    if isinstance(window, int):
-        return (window, window)
-    return tuple(window) if isinstance(window, tuple | list) and len(window) == 2 else None
+def _part(model: nn.Module, name: str) -> Tokens | None:
+    """The part of the image that one call of the site sees: a window, or every n-th token of a grid (MaxViT)."""
+    module, role = model.get_submodule(name), "window"
+    size = getattr(module, "window_size", getattr(module, "ws", None))
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if hasattr(parent, "partition_block"):
+        size, role = parent.partition_size, "window" if parent.partition_block else "grid"
+    if isinstance(size, int):
+        size = (size, size)
+    return Tokens((Segment(role, tuple(size)),)) if isinstance(size, tuple | list) and len(size) == 2 else None
 
 
 class _Slot(nn.Module):

@@ -7,9 +7,12 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
+from torch import nn
 
-from regard.core.host import HOSTS, Host
+from regard.core.call import Call
+from regard.core.host import HOSTS, Host, Sample
 from regard.core.tap import SEAMS, Tap
+from regard.core.tokens import Segment, Tokens
 
 # torch hides the fused kernel inside multi_head_attention_forward from function modes. This is torch's own body of that
 # function with one name bound anew, so that it runs instead of dispatching once more, inside the tap.
@@ -23,6 +26,7 @@ _MHA_BODY.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
 def _multi_head_attention(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tap.batch = 0  # The axis of the input's batch depends on batch_first; heads are folded in either way.
     with tap:
         return _MHA_BODY(*args, **kwargs)
 
@@ -31,9 +35,32 @@ SEAMS[F.multi_head_attention_forward] = _multi_head_attention
 
 
 class Torch(Host):
-    """torch and torchvision: shapes say what a site is."""
+    """torch and torchvision: shapes say what a site is; a vision transformer has its class token first."""
 
     name = "torch"
+
+    def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
+        window = _window(model, name)
+        layout = Tokens((Segment("window", window),)) if window is not None else _layout(model, sample.shape)
+        q, k = (layout if layout is not None and layout.size == n else None for n in (call.q.shape[2], call.k.shape[2]))
+        return q, k
+
+
+def _layout(model: nn.Module, sample: tuple[int, ...]) -> Tokens | None:
+    patch = getattr(model, "patch_size", None)
+    if not isinstance(patch, int) or not hasattr(model, "class_token") or len(sample) != 4:
+        return None
+    return Tokens((Segment("cls", (1,)), Segment("image", (sample[-2] // patch, sample[-1] // patch))))
+
+
+def _window(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Swin's attention has its window's sides; MaxViT's has their product, the same for windows and grids."""
+    module = model.get_submodule(name)
+    window = getattr(module, "window_size", None)
+    if isinstance(window, list) and len(window) == 2:
+        return tuple(window)
+    size = getattr(module, "size", None)
+    return (size, size) if type(module).__name__ == "RelativePositionalMultiHeadAttention" and size else None
 
 
 HOSTS["torch"] = HOSTS["torchvision"] = Torch()

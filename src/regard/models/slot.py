@@ -207,8 +207,8 @@ class SlotNetwork(nn.Module):
                 self.grids.append(grid)
             self.stages.append(nn.Sequential(*(_Block(dim) for _ in range(blocks))))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
-        for i, stage in enumerate(self.stages):
-            for block in stage:
+        for i, places in enumerate(blocks):
+            for block in places:
                 block.mixer = mixer(block.norm1.normalized_shape[0], num_heads * 2**i, self.grids[i])
 
     def forward(self, image: Float[Tensor, "b k i j"]) -> Float[Tensor, "b classes"]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -41,7 +41,7 @@ class _Worker:
     """A process that runs one call after another, with one thread, in a session of its own (Ctrl-C does not reach it)."""
 
     def __init__(self) -> None:
-        self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "regard.train.worker"],
@@ -84,7 +84,7 @@ class _Worker:
                 stream.close()
 
 
-def run_calls(calls: Sequence[Call], workers: int) -> Iterator[Event]:
+def run_calls(calls: Sequence[Call], workers: int) -> Generator[Event, None, None]:
     """Run ``calls`` in ``workers`` processes, in order, and yield what happens; leaving the loop early stops them all.
 
     Raises:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import nn
 
 from regard.models import slot
 from regard.train.files import write_whole
@@ -79,7 +78,7 @@ def finished(run: Run, folder: str | Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() and (file.with_suffix(".safetensors")).exists() else None
 
 
-def trained(run: Run, images: Images, folder: str | Path) -> nn.Module:
+def trained(run: Run, images: Images, folder: str | Path) -> slot.SlotNetwork:
     """The network as the run left it."""
     network = run.network(images)
     network.load_state_dict(load_file(Path(folder) / f"{run.key}.safetensors"))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 
-from regard.bench.cost import Scaling
+from regard.bench.scaling import Scaling
 from regard.view.comparison import Comparison, Row
 from regard.view.svg import (
     Chart,
     Point,
+    Scale,
     linear,
     log_ticks,
     logarithmic,
@@ -22,77 +24,85 @@ from regard.view.svg import (
     ticks,
 )
 
-SHAPES = {"baseline": "circle", "vision": "square", "cnn": "triangle", "sequence": "diamond", "sparse": "cross"}
+SHAPES = {"baseline": "circle", "vision": "square", "cnn": "triangle", "sequence": "diamond", "sparse": "star"}
 # Dark to light in even steps of lightness, readable with every kind of colour vision.
 RAMP = ((0, 20, 60), (20, 52, 110), (72, 84, 118), (118, 116, 122), (160, 150, 112), (206, 188, 92), (252, 234, 84))
 
 
 def shape(family: str) -> str:
-    return SHAPES.get(family, "cross")
+    return SHAPES.get(family, "star")
 
 
 def _along(path: Sequence[Point]) -> list[Point]:
     """Points on a path, close to each other, for labels to keep clear of."""
     points = []
-    for (x0, y0), (x1, y1) in zip(path, path[1:]):
+    for (x0, y0), (x1, y1) in pairwise(path):
         pieces = max(1, round(math.hypot(x1 - x0, y1 - y0) / 8))
         points += [(x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces) for i in range(pieces + 1)]
     return points
 
 
-def _bounds(values: Sequence[float], pad: float) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    room = pad * (high - low) or 0.05 * abs(high) or 1.0
-    return low - room, high + room
+def _errors(accuracies: Sequence[float], tests: int, top: float, bottom: float) -> tuple[Scale, list[float]]:
+    """A scale for accuracies, spaced by the logarithm of the error, and round accuracies (in %) to mark on it.
+
+    90 to 95 % takes as much room as 95 to 97.5 %. No error counts as half an image out of ``tests``.
+    """
+    least = 0.5 / tests
+    errors = [max(least, 1 - accuracy) for accuracy in accuracies]
+    low, high = min(errors) / 1.12, min(1.0, max(errors) * 1.12)
+    scale = logarithmic(low, high, top, bottom)
+    marks = log_ticks(100 * low, 100 * high, 6)
+    return lambda accuracy: scale(max(least, 1 - accuracy)), [100 - mark for mark in marks]
 
 
 def pareto(comparison: Comparison, width: float) -> Chart:
     """Accuracy against the time of a forward pass: seeds as dots, the mean as a mark, the front as a line."""
-    rows = comparison.measured()
-    height = 430.0 if width > 500 else 420.0
+    rows = [(row, row.cost.forward) for row in comparison.measured() if row.cost]
+    wide = width > 500
+    height = 470.0 if wide else 520.0
     box = (46.0, 34.0, width - 12, height - 48)
-    times = [row.cost.forward.median for row in rows if row.cost]
-    low, high = min(times) / 1.15, max(times) * (1.6 if width > 500 else 1.9)
-    values = [100 * a for row in rows for a in row.accuracies]
-    bottom, top = _bounds(values, 0.08)
-    x, y = logarithmic(low, high, box[0], box[2]), linear(bottom, top, box[3], box[1])
+    low, high = (
+        min(time.median for _, time in rows) / 1.15,
+        max(time.median for _, time in rows) * (1.25 if wide else 1.6),
+    )
+    x = logarithmic(low, high, box[0], box[2])
+    y, marks = _errors(
+        [a for row, _ in rows for a in row.accuracies], comparison.info["data"]["test"], box[1] + 14, box[3]
+    )
     batch = min(comparison.info["settings"]["batch_size"], comparison.info["data"]["train"])
     chart = Chart(width, height, "Accuracy against time of a forward pass")
     chart.axes(
         box,
-        (x, log_ticks(low, high, 8 if width > 500 else 5), f"forward pass of {batch} images, ms (logarithmic)"),
-        (y, ticks(bottom, top), "accuracy on test images, %"),
+        (x, log_ticks(low, high, 8 if wide else 5), f"forward pass of {batch} images, ms (logarithmic)"),
+        (lambda percent: y(percent / 100), marks, "accuracy on test images, % (spaced by the logarithm of the error)"),
     )
     front = comparison.front()
-    steps = sorted(
-        (x(row.cost.forward.median), y(100 * row.accuracy)) for row in rows if row.cost and row.layer in front
-    )
-    stairs = [point for (x0, y0), (x1, _) in zip(steps, steps[1:]) for point in ((x0, y0), (x1, y0))]
+    steps = sorted((x(time.median), y(row.accuracy)) for row, time in rows if row.layer in front)
+    stairs = [point for (x0, y0), (x1, _) in pairwise(steps) for point in ((x0, y0), (x1, y0))]
     stairs += [steps[-1], (box[2], steps[-1][1])]
     chart.line(stairs, "front", "no layer is both faster and more accurate than these")
-    points, dots = [], _along(stairs)
-    for row in rows:
-        assert row.cost is not None
-        time, tone = row.cost.forward, f"f-{row.family}"
-        at = x(time.median)
-        dots += [(at, y(100 * a)) for a in row.accuracies]
-        chart.line([(at, y(100 * min(row.accuracies))), (at, y(100 * max(row.accuracies)))], f"whisker {tone}")
+    points = [(x(time.median), y(row.accuracy)) for row, time in rows]
+    dots = [(x(time.median), y(a)) for row, time in rows for a in row.accuracies]
+    labels = [row.layer for row, _ in rows]
+    places = place_labels(points, labels, (*box[:3], box[3] - 2), dots + _along(stairs))
+    for (at, level), label, (left, base) in zip(points, labels, places):
+        near = (max(left, min(at, left + text_width(label))), max(base - 10, min(level, base)))
+        if math.dist(near, (at, level)) > 13:
+            chart.line([(at, level), near], "lead")
+    for (row, time), (at, level), (left, base) in zip(rows, points, places):
+        tone, best = f"f-{row.family}", row.layer in front
+        chart.line([(at, y(min(row.accuracies))), (at, y(max(row.accuracies)))], f"whisker {tone}")
         for seed, accuracy in enumerate(row.accuracies):
-            chart.mark(
-                at, y(100 * accuracy), 2.2, "circle", f"dot {tone}", f"{row.layer}, seed {seed}: {100 * accuracy:.1f} %"
-            )
-        tip = f"{row.layer}: {100 * row.accuracy:.1f} % at {time.median:.2f} ms (half of the rounds in {time.low:.2f} to {time.high:.2f})"
-        kind = f"mark {tone}" + " best" * (row.layer in front)
-        chart.mark(at, y(100 * row.accuracy), 5.5, shape(row.family), kind, tip)
-        points.append((at, y(100 * row.accuracy)))
-    labels = [row.layer for row in rows]
-    for row, label, (left, base) in zip(rows, labels, place_labels(points, labels, (*box[:3], box[3] - 2), dots)):
-        chart.text(left, base, label, f"label t-{row.family}" + " strong" * (row.layer in front))
+            tip = f"{row.layer}, seed {seed}: {100 * accuracy:.1f} %"
+            chart.mark(at, y(accuracy), 2.2, "circle", f"dot {tone}", tip)
+        tip = f"{row.layer}: {100 * row.accuracy:.1f} % at {time.median:.2f} ms (quartiles {time.low:.2f} and {time.high:.2f})"
+        chart.mark(at, level, 5.5, shape(row.family), f"mark {tone}" + " best" * best, tip)
+        chart.text(left, base, row.layer, f"label t-{row.family}" + " strong" * best)
     return chart
 
 
 def growth(rows: Sequence[Row], what: str, width: float) -> Chart:
-    """Time or memory of the layer alone against the number of tokens, both logarithmic, with fitted exponents at the line's end."""
+    """Time or memory of the layer alone against the number of tokens, with fitted exponents at the line's end."""
     wide = width > 500
     series = [(row, row.scaling, _values(row.scaling, what)) for row in rows if row.scaling]
     series = [(row, s, values) for row, s, values in series if len(values) > 1 and min(values) > 0]
@@ -140,21 +150,16 @@ def curve(rows: Sequence[Row], own: Row) -> Chart:
     width, height = 240.0, 160.0
     box = (34.0, 10.0, width - 8, height - 22)
     curves = {row.layer: list(zip(*(run["accuracy"] for run in row.runs))) for row in rows}
-    least = 0.5 / len(own.runs[0]["correct"])
-    errors = [max(least, 1 - a) for points in curves.values() for epoch in points for a in epoch]
-    low, high = min(errors) / 1.1, max(errors) * 1.1
-    epochs = max(len(points) for points in curves.values())
-    x, error = linear(1, max(2, epochs), box[0] + 4, box[2] - 4), logarithmic(low, high, box[1], box[3])
+    epochs = max(2, max(len(points) for points in curves.values()))
+    everything = [a for points in curves.values() for epoch in points for a in epoch]
+    x = linear(1, epochs, box[0] + 4, box[2] - 4)
+    y, marks = _errors(everything, len(own.runs[0]["correct"]), box[1], box[3])
     chart = Chart(width, height, f"learning curve of {own.layer}")
-    for value in [v for v in (0, 20, 40, 60, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9) if low <= 1 - v / 100 <= high]:
-        chart.line([(box[0], error(1 - value / 100)), (box[2], error(1 - value / 100))], "grid")
-        chart.text(box[0] - 5, error(1 - value / 100) + 4, number(value), "tick", "end")
-    for value in (v for v in ticks(1, max(2, epochs), 4) if v == int(v)):
+    for value in marks:
+        chart.line([(box[0], y(value / 100)), (box[2], y(value / 100))], "grid")
+        chart.text(box[0] - 5, y(value / 100) + 4, number(value), "tick", "end")
+    for value in (v for v in ticks(1, epochs, 4) if v == int(v)):
         chart.text(x(value), box[3] + 16, number(value), "tick", "middle")
-
-    def y(accuracy: float) -> float:
-        return error(max(least, 1 - accuracy))
-
     for name, points in curves.items():
         if name != own.layer:
             chart.line([(x(e), y(fmean(p))) for e, p in enumerate(points, 1)], "ghost", name)

@@ -8,20 +8,19 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regard.models import slot
 from regard.train.files import write_whole
 from regard.train.loop import Recipe
 from regard.train.pool import Call, Event, cores, run_calls
 from regard.train.run import Run, finished, source, trained
+from regard.view.bars import Bars
 from regard.view.comparison import Comparison, Row, read_cost, read_scaling
 from regard.view.maps import received
 from regard.worlds.digits import digits, small_digits
@@ -42,33 +41,6 @@ LAYERS = (
     "selective-self-attention",
 )
 SIDES = (7, 14, 20, 28, 40, 56)
-
-
-class _Bars(AbstractContextManager["_Bars"]):
-    """Progress on the terminal: one bar for all training, one for measuring."""
-
-    def __init__(self, show: bool, epochs: int) -> None:
-        columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=Console(stderr=True), disable=not show)
-        self.training = self.progress.add_task("training", total=epochs)
-        self.measuring = self.progress.add_task("measuring", total=None, start=False)
-
-    def __enter__(self) -> _Bars:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def trained(self, epochs: int, text: str = "training") -> None:
-        self.progress.update(self.training, advance=epochs, description=text)
-
-    def measured(self, facts: dict[str, int]) -> None:
-        self.progress.update(self.measuring, completed=facts["done"], total=facts["of"])
-
-    def measure(self) -> None:
-        self.progress.update(self.training, description="training")
-        self.progress.start_task(self.measuring)
 
 
 def _open(data: str | Path, size: int) -> tuple[str, Images, Images, list[tuple[str, str]]]:
@@ -129,7 +101,7 @@ def _machine() -> dict[str, Any]:
     return {"processor": name, "cores": cores(), "memory": memory, **versions}
 
 
-def _costs(runs: list[Run], data: str, folder: Path, resume: bool, sides: Sequence[int], bars: _Bars) -> dict[str, Any]:
+def _costs(runs: list[Run], data: str, folder: Path, resume: bool, sides: Sequence[int], bars: Bars) -> dict[str, Any]:
     """Cost and scaling by layer; a layer whose measuring kills the process takes the others' figures with it."""
     arguments = {
         "runs": [asdict(run) for run in runs],
@@ -244,7 +216,7 @@ def compare(
         calls.append(Call(key, "regard.train.run:train", arguments))
     failures: list[dict[str, str]] = []
 
-    def take(event: Event, bars: _Bars) -> None:
+    def take(event: Event, bars: Bars) -> None:
         if event.kind == "progress":
             bars.trained(1, f"{runs[event.key].layer} {100 * event.facts['accuracy']:.1f} %")
         elif event.kind == "done":
@@ -254,7 +226,7 @@ def compare(
             failures.append({"layer": run.layer, "seed": str(run.seed), **event.facts})
 
     try:
-        with _Bars(progress, len(runs) * epochs) as bars:
+        with Bars(progress, len(runs) * epochs) as bars:
             bars.trained(len(results) * epochs)
             with closing(run_calls(calls, workers or cores())) as events:
                 for event in events:

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from regard.bench.cost import Cost, Flops, Power, Scaling, Timing
+from regard.bench.cost import Cost, Flops, Timing
+from regard.bench.scaling import Power, Scaling
 from regard.train.files import write_whole
 from regard.view.maps import Map
 

@@ -38,7 +38,7 @@ def weights(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor | None
 
 @dataclass(frozen=True)
 class Map:
-    """How much attention each token of ``grid`` receives, for each sample; 1 is its even share."""
+    """How much attention each token of ``grid`` receives, for each sample, in units of the mean over tokens."""
 
     layer: str
     grid: tuple[int, int]
@@ -60,5 +60,5 @@ def received(name: str, network: SlotNetwork, images: Tensor) -> Map | None:
         handle.remove()
     if found is None:
         return None
-    share = found.float().mean((1, 2))
-    return Map(name, first.grid, (share * share.shape[-1]).tolist())
+    sums = found.float().mean((1, 2))
+    return Map(name, first.grid, (sums / sums.mean(-1, keepdim=True).clamp_min(1e-12)).tolist())

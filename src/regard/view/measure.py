@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from regard.bench.cost import measure, scaling
+from regard.bench.cost import measure
+from regard.bench.scaling import scaling
 from regard.models.slot import mixer
 from regard.train.run import Run
 from regard.worlds.images import load
@@ -39,6 +40,7 @@ def costs(
         first.num_heads,
         sides,
         rounds=min(rounds, 5),
+        budget=budget / 4,
         report=lambda _: report({"done": next(done), "of": 1 + len(sides)}),
     )
     return {name: {"cost": asdict(cost[name]), "scaling": asdict(growth[name])} for name in networks}

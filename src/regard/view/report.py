@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from html import escape
-from pathlib import Path
 from string import Template
 from typing import Any
 
-from regard.view import charts
+from regard.view import charts, notes
 from regard.view.comparison import Comparison, Row, format_percent, gap
 from regard.view.svg import Chart, number
 
-ASSETS = Path(__file__).parent / "assets"
 FAMILIES = {
     "baseline": "baselines",
     "vision": "vision layers",
@@ -39,12 +37,12 @@ def html(comparison: Comparison) -> str:
         ]
     else:
         sections += [_table(comparison), _curves(comparison)]
-    sections += [_reading(comparison), _failures(comparison), _settings(comparison)]
-    page = Template((ASSETS / "report.html").read_text())
+    sections += [notes.reading(comparison), notes.failures(comparison), notes.settings(comparison)]
+    page = Template((notes.ASSETS / "report.html").read_text())
     return page.substitute(
         title=f"Attention compared: {escape(comparison.info['data']['name'])}",
-        style=(ASSETS / "report.css").read_text(),
-        script=(ASSETS / "report.js").read_text(),
+        style=(notes.ASSETS / "report.css").read_text(),
+        script=(notes.ASSETS / "report.js").read_text(),
         body="\n".join(section for section in sections if section),
     )
 
@@ -69,14 +67,19 @@ def _head(comparison: Comparison) -> str:
     ]
     cells = "".join(f"<div><b>{escape(str(value))}</b><span>{escape(name)}</span></div>" for value, name in facts)
     ranked = comparison.ranked()
+    advice, choice = escape(comparison.advice()), comparison.choice()
+    if choice is not None:
+        name = escape(choice.layer)
+        advice = advice.replace(f"Use {name}", f"Use <b>{name}</b>", 1)
     chance = f"Always naming the largest class would give {100 * data['largest']:.1f} %."
     spread = (
         f" Accuracies go from {100 * ranked[-1].accuracy:.1f} to {100 * ranked[0].accuracy:.1f} %." if ranked else ""
     )
     return f"""<h1>Which attention should I use?</h1>
-<p class="lead">{len(comparison.rows)} token mixers in one identical network, trained alike on the same images and measured on one machine.</p>
-<div class="advice"><p>{escape(comparison.advice())}</p><p>{spread} {chance} This holds for these data, this small network and
-this short training; the sections below say how far to trust it.</p></div>
+<p class="lead">{len(comparison.rows)} token mixers in one identical network, trained alike on the same images and measured
+on one machine.</p>
+<div class="advice"><p>{advice}</p><p>{spread} {chance} This holds for these data, this small network and this short
+training; the sections below say how far to trust it.</p></div>
 <div class="facts">{cells}</div>
 <nav><a href="#table">All figures</a><a href="#curves">Learning curves</a><a href="#growth">Growth with tokens</a>
 <a href="#maps">Where layers look</a><a href="#reading">How to read it</a><a href="#settings">What was run</a></nav>"""
@@ -93,8 +96,8 @@ def _key(rows: list[Row]) -> str:
 
 def _pareto(comparison: Comparison) -> str:
     return f"""<h2 id="pareto">Accuracy against time</h2>
-<p class="soft">Up is more accurate, left is faster. Small dots are single seeds, marks their mean; filled marks, joined by the dashed
-line, are the front: no layer is both faster and more accurate. Point at anything for its figures.</p>
+<p class="soft">Up is more accurate, left is faster. Small dots are single seeds, marks their mean; filled marks,
+joined by the dashed line, are the front: no layer is both faster and more accurate. Point at anything for its figures.</p>
 <div class="card">{_key(comparison.measured())}{_both(lambda width: charts.pareto(comparison, width), 1050.0)}</div>"""
 
 
@@ -158,8 +161,8 @@ def _table(comparison: Comparison) -> str:
         for name, unit in heads
     )
     return f"""<h2 id="table">All figures</h2>
-<p class="soft">● stands on the front; bold is the advice. “Behind” is the distance to the most accurate, image by image on the same test
-images. A step is forward, backward and update. Click a heading to sort.</p>
+<p class="soft">● stands on the front; bold is the advice. “Behind” is the distance to the most accurate, image by image on
+the same test images. A step is forward, backward and update. Click a heading to sort.</p>
 <div class="card scroll"><table class="sortable"><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>"""
 
 
@@ -173,8 +176,8 @@ def _curves(comparison: Comparison) -> str:
         for row in ranked
     )
     return f"""<h2 id="curves">Learning curves</h2>
-<p class="soft">Accuracy on the test images (%) after each epoch: mean over seeds, band from the worst to the best seed, all other layers
-in grey. Accuracies are spaced by the logarithm of the error.</p><div class="panels">{panels}</div>"""
+<p class="soft">Accuracy on the test images (%) after each epoch: mean over seeds, band from the worst to the best seed, all
+other layers in grey. Accuracies are spaced by the logarithm of the error.</p><div class="panels">{panels}</div>"""
 
 
 def _growth(comparison: Comparison) -> str:
@@ -182,11 +185,11 @@ def _growth(comparison: Comparison) -> str:
     shown = {
         w: [r for r in rows if r.scaling and (w == "time" or min(r.scaling.memory) > 0)] for w in ("time", "memory")
     }
-    cards = "".join(
-        f'<div class="card"><h3>{name}</h3>{_both(lambda width, part=part, which=which: charts.growth(part, which, width), 540.0)}</div>'
-        for which, name in (("time", "Time"), ("memory", "Memory"))
-        if (part := shown[which])
-    )
+    cards = ""
+    for what, part in shown.items():
+        if part:
+            chart = _both(partial(charts.growth, part, what), 540.0)
+            cards += f'<div class="card"><h3>{what.capitalize()}</h3>{chart}</div>'
     if not cards:
         return ""
     left_out = [
@@ -202,9 +205,9 @@ def _growth(comparison: Comparison) -> str:
     )
     settings = comparison.info["settings"]
     return f"""<h2 id="growth">Growth with tokens</h2>
-<p class="soft">The layer alone, one image, forward pass, {settings["dim"]} channels, {settings["num_heads"]} heads. Beside the name: the
-exponent p of n<sup>p</sup> fitted from 196 tokens on, with its standard error; 1 is linear, 2 is quadratic. Where one fixed size of
-grid ends and the next begins, padding makes lines uneven.</p><div class="pair">{cards}</div>{missing}"""
+<p class="soft">The layer alone, one image, forward pass, {settings["dim"]} channels, {settings["num_heads"]} heads. Beside
+the name: the exponent p of n<sup>p</sup> fitted from 196 tokens on, with its standard error; 1 is linear, 2 is quadratic.
+Layers that work on pieces of fixed size pad what does not fit, which makes their lines uneven.</p><div class="pair">{cards}</div>{missing}"""
 
 
 def _maps(comparison: Comparison) -> str:
@@ -217,7 +220,7 @@ def _maps(comparison: Comparison) -> str:
     for found in comparison.maps:
         cells.append(f"<span>{escape(found.layer)}</span>")
         for i, (values, src) in enumerate(zip(found.received, pictures)):
-            tip = f"{found.layer}, test image {i}: from {min(values):.2f} to {max(values):.2f} times the even share"
+            tip = f"{found.layer}, test image {i}: from {min(values):.2f} to {max(values):.2f} times the mean"
             image = f'<img alt="{escape(tip)}" title="{escape(tip)}" src="{charts.heat(values, found.grid, top)}">'
             cells.append(f'<figure>{image}<img alt="" src="{src}"></figure>')
     stops = ", ".join("rgb({} {} {})".format(*colour) for colour in charts.RAMP)
@@ -228,78 +231,7 @@ def _maps(comparison: Comparison) -> str:
         else ""
     )
     return f"""<h2 id="maps">Where layers look</h2>
-<p class="soft">Attention that each token receives in the first block of the trained network, mean over queries and heads, with the test
-image laid over it. 1 is a token's even share. <span class="ramp" style="background: linear-gradient(90deg, {stops})"></span> 0 to
-{top:g} shares or more.{escape(rest)}</p>
+<p class="soft">Attention that each token receives in the first block of the trained network, mean over queries and heads,
+with the test image laid over it. <span class="ramp" style="background: linear-gradient(90deg, {stops})"></span> 0 to {top:g}
+times the mean over all tokens, or more.{escape(rest)}</p>
 <div class="card"><div class="maps" style="--samples: {len(pictures)}">{"".join(cells)}</div></div>"""
-
-
-def _reading(comparison: Comparison) -> str:
-    info = comparison.info
-    settings, data = info["settings"], info["data"]
-    missed: Counter[str] = Counter()
-    for row in comparison.measured():
-        if row.cost:
-            missed.update(row.cost.flops.missed)
-    names = ", ".join(name for name, _ in missed.most_common(12)) or "nothing"
-    names += f" and {len(missed) - 12} rarer operators" if len(missed) > 12 else ""
-    seeds = (
-        "One seed says nothing about chance in training."
-        if settings["seeds"] == 1
-        else f"A deviation from {settings['seeds']} seeds is itself a rough figure; more seeds make it and the errors firmer."
-    )
-    close = ", ".join(row.layer for row in comparison.close())
-    return f"""<h2 id="reading">How to read it, and what falls short</h2>
-<ul>
-<li>The advice is the fastest layer that is no more than one standard error behind the most accurate. On these data that leaves:
-{escape(close)}. The error is that of the difference on the same {data["test"]} test images, with the spread over seeds; only what is
-behind by two errors or more is surely behind. {seeds}</li>
-<li>The figure of a run is that of its last epoch, not of its best; no epoch or setting was chosen by the test images.</li>
-<li>Under one seed all networks start from the same numbers outside the slot and see the images in the same order.</li>
-<li>Every layer runs with its own default settings and the same recipe. A layer that wants another learning rate, longer training or a
-larger network is at a disadvantage; {settings["epochs"]} epochs of a small network show how quickly a layer learns as much as how well.</li>
-<li><b>identity</b> mixes nothing: what it reaches is the work of stem, downsampling and averaging. Gates for convolutional networks stand
-behind the depthwise convolution of <b>convolution</b>, so their own effect is their distance from it.</li>
-<li>Times are medians, layers taking turns, one thread, whole network. FLOPs are one image's matrix products, convolutions and fused
-attention, a multiply-add counting as two. Not counted: {escape(names)}.</li>
-<li>Peak memory is what one training step allocates beyond parameters and optimiser state, by replaying every allocation that torch's
-profiler saw. It does not see what libraries take from the system by themselves.</li>
-<li>Speed is that of plain PyTorch on this processor: a layer with a kernel of its own for another device may rank otherwise there.</li>
-</ul>"""
-
-
-def _failures(comparison: Comparison) -> str:
-    skipped = comparison.info["data"]["skipped"]
-    parts = []
-    if comparison.failures:
-        items = "".join(
-            f"<li><b>{escape(f['layer'])}</b>, seed {escape(f['seed'])}: {escape(f['reason'])}<details><summary>traceback</summary>"
-            f"<pre>{escape(f['traceback'])}</pre></details></li>"
-            for f in comparison.failures
-        )
-        parts.append(f'<h2 id="failures">Runs that failed</h2><ul>{items}</ul>')
-    if skipped:
-        items = "".join(f"<li>{escape(path)}: {escape(reason)}</li>" for path, reason in skipped[:50])
-        more = f"<p>and {len(skipped) - 50} more</p>" if len(skipped) > 50 else ""
-        parts.append(f'<h2 id="skipped">Images that could not be read ({len(skipped)})</h2><ul>{items}</ul>{more}')
-    return "".join(parts)
-
-
-def _settings(comparison: Comparison) -> str:
-    info = comparison.info
-    data, machine, settings = info["data"], info["machine"], info["settings"]
-    rows = {
-        "data": f"{data['name']}, {data['train']} + {data['test']} images, classes: {', '.join(data['classes'])}",
-        "network": f"{settings['patch']} pixels between tokens, blocks at each resolution {settings['depth']}, "
-        f"{settings['dim']} channels and {settings['num_heads']} heads at first, doubled at each next resolution",
-        "training": f"AdamW, peak learning rate {settings['lr']:g}, weight decay {settings['weight_decay']:g}, batches of "
-        f"{settings['batch_size']}, {settings['epochs']} epochs, warm-up over {100 * settings['warmup']:g} % of steps, then cosine to 0, "
-        f"gradients clipped at norm {settings['clip']:g}, label smoothing {settings['label_smoothing']:g}",
-        "seeds": ", ".join(map(str, range(settings["seeds"]))),
-        "machine": f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, {machine['system']}",
-        "software": f"Python {machine['python']}, torch {machine['torch']}",
-        "workers": f"{settings['workers']} processes of one thread while training, one while measuring",
-        "date": f"{info['date']}, {info['seconds']:.0f} seconds, {info['reused']} runs taken over from before",
-    }
-    items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
-    return f'<h2 id="settings">What was run</h2><dl>{items}</dl>'

@@ -89,7 +89,7 @@ class Chart:
     def text(
         self, x: float, y: float, text: str, class_: str = "", anchor: str = "start", **attributes: object
     ) -> None:
-        self.add("text", escape(text), x=float(x), y=float(y), class_=class_, text_anchor=anchor, **attributes)
+        self.add("text", escape(text), x=float(x), y=float(y), class_=class_, text_anchor=anchor)
 
     def line(self, points: Iterable[Point], class_: str, tip: str = "") -> None:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
@@ -100,13 +100,12 @@ class Chart:
         self.add("path", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners) + "Z", class_=class_)
 
     def mark(self, x: float, y: float, size: float, shape: str, class_: str, tip: str = "") -> None:
-        """A circle, square, diamond, triangle or cross around (x, y)."""
+        """A circle, square, diamond, triangle or star around (x, y)."""
         outlines = {
             "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
             "diamond": ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
             "triangle": ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
-            "cross": ((-1, -0.4), (-0.4, -0.4), (-0.4, -1), (0.4, -1), (0.4, -0.4), (1, -0.4))
-            + ((1, 0.4), (0.4, 0.4), (0.4, 1), (-0.4, 1), (-0.4, 0.4), (-1, 0.4)),
+            "star": ((0, -1.3), (0.4, -0.4), (1.3, 0), (0.4, 0.4), (0, 1.3), (-0.4, 0.4), (-1.3, 0), (-0.4, -0.4)),
         }
         if shape == "circle":
             self.add("circle", tip=tip, cx=float(x), cy=float(y), r=float(size), class_=class_)
