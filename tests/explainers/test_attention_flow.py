@@ -1,8 +1,6 @@
 """Rollout sums over paths, flow is the linear program, and both read models of three libraries."""
 
 import itertools
-import warnings
-from functools import reduce
 
 import networkx
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 
 import regard as rg
 from regard.checks.explainer import TinyViT
+from regard.explainers import attention_flow as module
 from regard.explainers.attention_flow import (
     AttentionFlow,
     AttentionGraph,
@@ -47,12 +46,13 @@ def linear_program(layers: list[Tensor], target: int, source: int) -> float:
 
 def test_rollout_is_the_sum_over_all_paths() -> None:
     attn = random_weights(3, 4)
-    layers = mixing(attn)
-    expected = torch.zeros(4, 4, dtype=torch.float64)
-    for path in itertools.product(range(4), repeat=4):
-        weight = reduce(lambda w, l: w * layers[l][0, path[3 - l - 1], path[3 - l]], range(3), torch.tensor(1.0).double())
-        expected[path[0], path[3]] += weight
-    torch.testing.assert_close(attention_rollout(attn)[0], expected, rtol=0, atol=1e-12)
+    low, middle, top = (layer[0].tolist() for layer in mixing(attn))
+    expected = [[0.0] * 4 for _ in range(4)]
+    for i, j, k, m in itertools.product(range(4), repeat=4):
+        expected[i][m] += top[i][j] * middle[j][k] * low[k][m]
+    torch.testing.assert_close(
+        attention_rollout(attn)[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("depth", "n"), [(3, 4), (4, 6)])
@@ -117,7 +117,9 @@ def test_flow_lies_between_rollout_and_what_the_input_gives(seed: int) -> None:
     assert (flow >= rollout - 1e-8).all()
     assert (flow <= mixing(attn)[0].sum(1, keepdim=True).clamp_max(1) + 1e-8).all()
     torch.testing.assert_close(attention_flow(attn), flow / flow.sum(-1, keepdim=True))
-    torch.testing.assert_close(attention_flow(attn, targets=[4, 1], sources=[2], normalize=False), flow[:, [4, 1]][..., [2]])
+    torch.testing.assert_close(
+        attention_flow(attn, targets=[4, 1], sources=[2], normalize=False), flow[:, [4, 1]][..., [2]]
+    )
 
 
 def test_one_layer_is_its_own_flow_and_rollout() -> None:
@@ -209,13 +211,13 @@ def test_bad_weights_are_refused() -> None:
         encoder_decoder(good, good, good[:1])
 
 
-def test_many_pairs_warn() -> None:
-    one = [torch.ones(1, 1, 1, 1)]
-    with pytest.warns(UserWarning, match="101 x 100 maximum flows"):
-        attention_flow(one, targets=[0] * 101, sources=[0] * 100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attention_flow(one, targets=[0] * 10, sources=[0])
+def test_many_pairs_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.PAIRS == 10_000
+    monkeypatch.setattr(module, "PAIRS", 9)
+    attn = random_weights(1, 4)
+    attention_flow(attn, targets=[0, 1, 2], sources=[0, 1, 2])
+    with pytest.warns(UserWarning, match="3 x 4 maximum flows on 8 nodes"):
+        attention_flow(attn, targets=[0, 1, 2])
 
 
 def named_vit() -> TinyViT:
@@ -238,22 +240,29 @@ def test_explainer_reads_the_class_row_of_every_item() -> None:
 
 def test_explainer_on_timm() -> None:
     timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 64), depth=2, num_classes=3).eval()
+    size = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 64), **size).eval()
     found = rg.explain(model, torch.randn(2, 3, 48, 64), "attention-flow-rollout")
     assert found.grid == (3, 4)
-    pooled = timm.create_model(
-        "vit_tiny_patch16_224", img_size=48, depth=2, num_classes=3, class_token=False, global_pool="avg"
-    ).eval()
+    pooled = timm.create_model("vit_tiny_patch16_224", img_size=48, class_token=False, global_pool="avg", **size).eval()
     flow = rg.explain(pooled, torch.randn(1, 3, 48, 48), "attention-flow")
     torch.testing.assert_close(flow.values.sum((1, 2)), torch.ones(1))
-    windows = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1)).eval()
+    windows = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(1, 2), embed_dim=16
+    ).eval()
     with pytest.raises(ValueError, match="windows or among other tokens"):
         rg.explain(windows, torch.randn(1, 3, 56, 56), "attention-flow-rollout")
 
 
 def test_explainer_on_text_with_padding() -> None:
     transformers = pytest.importorskip("transformers")
-    size = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    size = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**size)).eval()
     ids = torch.randint(5, 50, (2, 7))
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
@@ -261,7 +270,9 @@ def test_explainer_on_text_with_padding() -> None:
     alone = rg.explain(model, {"input_ids": ids[1:, :5]}, "attention-flow", token=0).values
     torch.testing.assert_close(both[1, :5], alone[0], rtol=0, atol=1e-6)
     assert both[1, 5:].count_nonzero() == 0
-    mean = rg.explain(model, {"input_ids": ids, "attention_mask": mask}, "attention-flow-rollout", token=slice(None)).values
+    mean = rg.explain(
+        model, {"input_ids": ids, "attention_mask": mask}, "attention-flow-rollout", token=slice(None)
+    ).values
     cut = rg.explain(model, {"input_ids": ids[1:, :5]}, "attention-flow-rollout", token=slice(None)).values
     torch.testing.assert_close(mean[1, :5], cut[0], rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="nothing says which token"):

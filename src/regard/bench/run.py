@@ -31,7 +31,7 @@ DEFAULT_SHAPES: tuple[tuple[int, Grid, int, int], ...] = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One subject beside one peer on one shape; ``ratio`` is the peer's time over the subject's: above 1 the subject is faster."""
+    """One subject beside one peer on one shape; ``ratio`` is the peer's time over the subject's, above 1 where it is faster."""
 
     subject: str
     peer: str

@@ -88,7 +88,7 @@ def dilution(form: type[Attention], steps: int, longest: int, seed: int) -> floa
         q, k, _ = layer.project(x, x)
         return F.cross_entropy(layer.scores(q[:, :, -1:], k)[:, 0, 0, :-1], place)
 
-    descend([p for p in layer.parameters()], 3e-3, steps, loss)
+    descend(list(layer.parameters()), 3e-3, steps, loss)
     lengths = [64 * 2**i for i in range(7) if 64 * 2**i <= longest]
     with torch.no_grad():
         means = []
@@ -117,7 +117,7 @@ def denoise(form: type[Attention], steps: int, seed: int) -> tuple[float, float]
         x, clean, _ = signals(64, world)
         return F.mse_loss(layer(query, x)[:, 0], clean.mean(1))
 
-    descend([p for p in layer.parameters()], 3e-3, steps, loss)
+    descend(list(layer.parameters()), 3e-3, steps, loss)
     x, clean, carries = signals(4096, torch.Generator().manual_seed(1000 + seed))
     with torch.no_grad():
         out = layer(query[:1].expand(4096, -1, -1), x)[:, 0]

@@ -46,7 +46,7 @@ def scenes(count: int, fewest: int, most: int, generator: torch.Generator) -> tu
     u, v = dx / radius, dy / radius
     square = torch.maximum(u.abs(), v.abs()) < 0.8
     kinds = torch.stack([u.square() + v.square() < 1, square, (v < 0.8) & (v > 2 * u.abs() - 1)])
-    kind = torch.randint(3, (1, count, most, 1, 1), generator=generator).expand(1, *dx.shape)
+    kind = torch.randint(3, (1, count, most, 1, 1), generator=generator).expand(1, *kinds.shape[1:])
     present = torch.arange(most) < torch.randint(fewest, most + 1, (count, 1), generator=generator)
     inside = kinds.gather(0, kind)[0] & present[:, :, None, None]
     palette = torch.tensor(

@@ -71,8 +71,7 @@ class Call:
         self.final_weights: Tensor | None = None
         self.key_scale: Tensor | None = None
         self.product: int | None = None
-        self.site = ""
-        self.step = Step()
+        self.site, self.kind, self.step = "", "self", Step()
         self.tokens_q: Tokens | None = None
         self.tokens_k: Tokens | None = None
         self.unscaled: Tensor | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.core.call import Call
+from regard.core.call import Call, OpaqueSite
 from regard.core.known import Known, Seam, knowledge, matches
 from regard.core.tap import Tap, in_backward
 from regard.core.watch import Watch
@@ -75,9 +75,7 @@ class Capture(Watch):
         """Every call of one site, in the order in which they ran."""
         self._settle()
         if name not in self._calls:
-            raise KeyError(
-                f"{name!r} was not called while it was watched; called: {', '.join(self._calls) or 'nothing'}"
-            )
+            raise self._missing(name)
         return self._calls[name]
 
     def sequence(self) -> list[Call]:
@@ -99,8 +97,14 @@ class Capture(Watch):
             if matches(site, known[site].kind if site in known else "", name)
         ]
         if not found:
-            raise KeyError(f"{name!r} names no site that was called; called: {', '.join(self._calls) or 'nothing'}")
+            raise self._missing(name)
         return found
+
+    def _missing(self, name: str) -> Exception:
+        reason = knowledge(self.model).refused.get(name)
+        if reason is not None:
+            return OpaqueSite(f"{name} is opaque: {reason}")
+        return KeyError(f"{name!r} names no site that was called; called: {', '.join(self._calls) or 'nothing'}")
 
     def __iter__(self) -> Iterator[str]:
         self._settle()

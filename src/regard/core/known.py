@@ -33,6 +33,7 @@ class Known:
 @dataclass
 class Knowledge:
     sites: dict[str, Known] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     said: list[tuple[str, Tokens | None, Tokens | None]] = field(default_factory=list)
 
     def tokens(self, name: str, kind: str, l: int, s: int) -> tuple[Tokens | None, Tokens | None]:
@@ -73,6 +74,9 @@ def names(model: nn.Module, where: str | Sequence[str]) -> list[str]:
         near = difflib.get_close_matches(shown, choices, n=4, cutoff=0.3) or choices[:8]
         kinds_here = sorted({s.kind for s in known.values()})
         extra = f"; kinds here: {', '.join(kinds_here)}" if kinds_here else ""
+        for name, reason in knowledge(model).refused.items():
+            if matches(name, "", where):
+                raise ValueError(f"where={shown!r}: {name} is opaque: {reason}")
         raise ValueError(
             f"where={shown!r} names no attention site of {type(model).__name__}; nearest: {', '.join(near)}{extra}"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.core.call import Call
 from regard.core.edit import BEFORE_QK, Edit
+from regard.core.fold import Fold
 from regard.core.slices import exact
 from regard.core.tap import SEAMS, Tap
 
@@ -46,30 +47,23 @@ def _sdpa_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    fold = Fold(query, None, 0) if query.ndim == 4 else tap.fold(query)
     mask = attn_mask
     if mask is not None and query.ndim != 4 and mask.ndim > 2:
-        mask = _four(mask.broadcast_to(*query.shape[:-2], *mask.shape[-2:]))
-    call = Call(*map(_four, (query, key, value)), mask=mask, causal=is_causal, scale=scale, dropout=dropout_p)
+        mask = fold.apart(mask.broadcast_to(*query.shape[:-2], *mask.shape[-2:]))
+    call = Call(*map(fold.apart, (query, key, value)), mask=mask, causal=is_causal, scale=scale, dropout=dropout_p)
     before = (call.q, call.k, call.v, call.mask, call.bias)
 
     def native(c: Call) -> Tensor:
         if all(a is b for a, b in zip(before, (c.q, c.k, c.v, c.mask, c.bias), strict=True)):
-            return _four(func(*args, **original))
+            return fold.apart(func(*args, **original))
         mask, causal = sdpa_mask(c)
         grouped = enable_gqa or c.q.shape[1] != c.k.shape[1]
         return func(
             c.q, c.k, c.v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=grouped
         )
 
-    out = tap.run(call, native, "function")
-    return out if query.ndim == 4 else out.reshape(*query.shape[:-1], out.shape[-1])
-
-
-def _four(x: Tensor) -> Tensor:
-    """(b, h, n, d) of what may have no head axis, or more than one batch axis."""
-    if x.ndim < 4:
-        return x.reshape(*x.shape[:-2], *(1,) * (4 - x.ndim), *x.shape[-2:])
-    return x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:])
+    return fold.back(tap.run(call, native, "function"))
 
 
 def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,13 +85,16 @@ def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     k = right if plan == "scores" else right.transpose(-1, -2)
     if k.ndim != left.ndim:
         return func(*args, **kwargs)
-    edits = _qk_edits(tap, number, left, k) if tap.editing() else []
+    if tap.editing():
+        fold = tap.fold(left)
+        call = Call(fold.apart(left), fold.apart(k), fold.apart(k), scale=1.0)
+        edits = _qk_edits(tap, number, call)
+    else:
+        edits = []
     if edits:
-        call = Call(_heads_apart(tap, left), _heads_apart(tap, k), _heads_apart(tap, k), scale=1.0)
-        call.site = tap.name
         for e in edits:
             e.before(call)
-        q, k = (_heads_back(x, old) for x, old in ((call.q, left), (call.k, k)))
+        q, k = fold.back(call.q), fold.back(call.k)
         swap = {id(left): q, id(right): k if plan == "scores" else k.transpose(-1, -2)}
         args = tuple(swap.get(id(a), a) for a in args)
         kwargs = {n: swap.get(id(a), a) for n, a in kwargs.items()}
@@ -107,9 +104,9 @@ def _product(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return result
 
 
-def _qk_edits(tap: Tap, number: int, q: Tensor, k: Tensor) -> list[Edit]:
+def _qk_edits(tap: Tap, number: int, call: Call) -> list[Edit]:
     """Edits of q and k for the product ``number`` of a hand-written site; the site must have been seen before."""
-    edits = [e for e in tap.begin(Call(_heads_apart(tap, q), *2 * [_heads_apart(tap, k)])) if e.quantity in BEFORE_QK]
+    edits = [e for e in tap.begin(call) if e.quantity in BEFORE_QK]
     if not edits:
         return []
     if any(e.quantity == "kv" for e in edits):
@@ -120,16 +117,6 @@ def _qk_edits(tap: Tap, number: int, q: Tensor, k: Tensor) -> list[Edit]:
             f"{tap.name} computes its attention by hand: run regard.sites(model, ...) once before editing q or k there"
         )
     return edits if number in known.qk else []
-
-
-def _heads_apart(tap: Tap, x: Tensor) -> Tensor:
-    """(b, h, n, d) of a hand-written site's tensor, where heads may be folded into the batch axis."""
-    return x.unflatten(0, (-1, tap.folded_heads(x.shape[0]))) if x.ndim == 3 else _four(x)
-
-
-def _heads_back(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`_heads_apart`: the leading axes of ``like``."""
-    return x if x.ndim == like.ndim else x.reshape(*like.shape[:-2], *x.shape[-2:])
 
 
 def _einsum_plan(equation: Any, operands: list[Tensor]) -> str | None:
@@ -162,8 +149,8 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         tap.softmaxes.append("its softmax is not over products of queries with keys")
         return func(*args, **kwargs)
     q, k, _, number = product
-    k = _heads_apart(tap, k.expand(*q.shape[:-2], *k.shape[-2:]))
-    call = Call(_heads_apart(tap, q), k, k, scale=1.0, host_scores=_heads_apart(tap, scores))
+    fold = tap.fold(q)
+    call = Call(fold.apart(q), fold.apart(k), fold.apart(k), scale=1.0, host_scores=fold.apart(scores))
     call.product = number
     tap.softmaxes.append("its weights are changed between the softmax and the product with the values: a mixture")
     edits = tap.begin(call)
@@ -177,38 +164,38 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             if e.quantity == "scores":
                 edited = e.on_scores(edited, call)
         call.host_scores, call.bias = edited, None
-        weights = _heads_back(call.normalize(edited, call.allowed()), scores).to(scores.dtype)
+        weights = fold.back(call.normalize(edited, call.allowed())).to(scores.dtype)
     else:
         weights = func(*args, **kwargs)
     for e in edits:
         if e.quantity == "weights":
-            call.final_weights = e.on_weights(_heads_apart(tap, exact(weights)), call)
-            weights = _heads_back(call.final_weights, scores).to(scores.dtype)
-    tap.pending = (weights, call)
+            call.final_weights = e.on_weights(fold.apart(exact(weights)), call)
+            weights = fold.back(call.final_weights).to(scores.dtype)
+    tap.pending = (weights, call, fold)
     return weights
 
 
 def _values(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Any:
     """weights v of a hand-written site, with the edits of v before and those of the output after."""
     assert tap.pending is not None
-    call = tap.pending[1]
+    _, call, fold = tap.pending
     tap.pending = None
     tap.softmaxes.clear()
     edits = tap.edits(call)
-    k, call.v = call.k, _heads_apart(tap, v)
+    k, call.v = call.k, fold.apart(v)
     given = call.v
     for e in edits:
         if e.quantity in ("v", "share", "scale_keys"):
             e.before(call)
     call.k = k
     if call.v is not given:
-        back = _heads_back(call.v, v)
+        back = fold.back(call.v)
         args = tuple(back if a is v else a for a in args)
         kwargs = {n: back if a is v else a for n, a in kwargs.items()}
     result = func(*args, **kwargs)
-    out = _heads_apart(tap, result)
+    out = fold.apart(result)
     done = tap.finish(call, out, edits, "function")
-    return result if done is out else _heads_back(done, result)
+    return result if done is out else fold.back(done)
 
 
 def _dropout(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,7 +205,7 @@ def _dropout(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         call = tap.pending[1]
         if result is not args[0]:
             call.dropout = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        tap.pending = (result, call)
+        tap.pending = (result, *tap.pending[1:])
     return result
 
 
@@ -226,7 +213,7 @@ def _cast(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     """A cast or a copy of the weights keeps them pending."""
     result = func(*args, **kwargs)
     if tap.pending is not None and args and args[0] is tap.pending[0] and isinstance(result, Tensor):
-        tap.pending = (result, tap.pending[1])
+        tap.pending = (result, *tap.pending[1:])
     return result
 
 

@@ -135,7 +135,7 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
     facts = knowledge(model)
     before, facts.sites = facts.sites, {}
     try:
-        with _Probe(model) as probe, torch.no_grad(), _Contexts(model) as contexts:
+        with _Probe(model) as probe, torch.no_grad():
             run() if run is not None else model(*inputs, **arguments)
     except BaseException:
         facts.sites = before
@@ -154,14 +154,13 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
         error = probe.errors[name]
         fits = error <= tolerance(call.q.dtype)
         misfit = None if fits else f"weights times values differ from its output by {error:.1e}"
-        kind = host.kind(model, name, call) or contexts.kind(name, call)
         products = frozenset(probe.products.get(name, ()))
-        facts.sites[name] = Known(seam, kind, misfit, products)  # type: ignore[arg-type]
-        said_q, said_k = facts.tokens(name, kind, call.q.shape[2], call.k.shape[2])
+        facts.sites[name] = Known(seam, call.kind, misfit, products)  # type: ignore[arg-type]
+        said_q, said_k = facts.tokens(name, call.kind, call.q.shape[2], call.k.shape[2])
         found[name] = Site(
             name=name,
             host=host.name,
-            kind=kind,
+            kind=call.kind,
             form=getattr(module, "form", "softmax"),
             heads=call.q.shape[1],
             kv_heads=call.k.shape[1],
@@ -176,58 +175,10 @@ def sites(model: nn.Module, *inputs: Any, run: Callable[[], Any] | None = None, 
             error=error,
             reason=misfit,
         )
+    facts.refused = {n: s.reason or "" for n, s in found.items() if not s.verified}
     order = list(probe.first)
     listed = [found[n] for n in order] + [s for n, s in found.items() if n not in probe.first]
     return Sites(listed)
-
-
-class _Contexts:
-    """What every module was called with, so that self, cross, joint, pooled and channel attention can be told apart."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.streams: dict[str, list[tuple[int, ...]]] = {}
-        self.model = model
-
-    def __enter__(self) -> _Contexts:
-        self.hooks = [
-            m.register_forward_pre_hook(self._note(n), with_kwargs=True) for n, m in self.model.named_modules()
-        ]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            streams = [
-                a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point() and a.ndim >= 3
-            ]
-            # Queries, keys, values: what the values come from does not matter, and a position may have been added twice.
-            if len(streams) > 1 and (streams[0] is streams[1] or torch.equal(*streams[:2])):
-                streams = streams[:1]
-            self.streams.setdefault(name, [tuple(x.shape) for x in streams[:3] if x.ndim == 3 or len(streams) == 1])
-
-        return note
-
-    def kind(self, name: str, call: Call) -> str:
-        l, s, h, d = call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.shape[-1]
-        streams = self.streams.get(name, [])
-        # A mask or a position bias is no stream of tokens.
-        streams = streams[:1] + [x for x in streams[1:] if x[-2:] != (l, s) or x[-1] == streams[0][-1]]
-        if len(streams) >= 2:
-            if l == s and l == streams[0][1] + streams[1][1]:
-                return "joint"
-            return "cross" if streams[1][1] == s or streams[1][0] == s else "self"
-        if (
-            streams
-            and len(streams[0]) == 3
-            and streams[0][2] == h * l
-            and l == s
-            and streams[0][1] in (d, call.v.shape[-1])
-        ):
-            return "channel" if streams[0][1] != l else "self"
-        return "self" if l == s else "pool"
 
 
 def is_causal(call: Call) -> bool:

@@ -54,7 +54,8 @@ class Swap:
     def put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
-        knowledge(self.model).sites.clear()
+        facts = knowledge(self.model)
+        facts.sites, facts.refused = {}, {}
 
     def undo(self) -> None:
         """Put back what stood there; a second call does nothing."""

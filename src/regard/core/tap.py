@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from regard.core.call import Call
 from regard.core.edit import EAGER, QUANTITIES, Edit
+from regard.core.fold import Fold
+from regard.core.kinds import streams_of
 from regard.core.lower import run_eager
 
 if TYPE_CHECKING:
@@ -58,9 +60,10 @@ class Tap(TorchFunctionMode):
         """Start of a forward: nothing is half seen."""
         self.count = 0
         self.products: list[tuple[Tensor, Tensor, Tensor, int]] = []
-        self.pending: tuple[Tensor, Call] | None = None
+        self.pending: tuple[Tensor, Call, Fold] | None = None
         self.softmaxes: list[str] = []
         self.mixes = False
+        self.streams: list[tuple[int, ...]] = []
         self.batch = 0
 
     # -- installing -------------------------------------------------------------------------------------------------
@@ -70,7 +73,7 @@ class Tap(TorchFunctionMode):
         self.module.__dict__.setdefault(ATTRIBUTE, []).append(self)
         if hooked:
             self._hooks = (
-                self.module.register_forward_pre_hook(self._enter),
+                self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
                 self.module.register_forward_hook(self._leave, always_call=True),
             )
 
@@ -89,11 +92,12 @@ class Tap(TorchFunctionMode):
             return True
         return in_backward() and len(self.module.__dict__.get(ATTRIBUTE, [])) == 1
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.here():
             return
         self.forget()
         self.batch = next((a.shape[0] for a in args if isinstance(a, Tensor) and a.ndim >= 3), 0)
+        self.streams = [] if all(w.exact for w in self.watches) else streams_of(args, kwargs)
         if not torch.compiler.is_compiling():
             _STACK.taps.append(self)
         self.__enter__()
@@ -118,10 +122,11 @@ class Tap(TorchFunctionMode):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
 
-    def folded_heads(self, size: int) -> int:
-        """How many heads are folded into a batch axis of ``size``; 1 where it is the batch of the module's input."""
-        heads = next((n for name in HEADS if isinstance(n := getattr(self.module, name, None), int)), 1)
-        return heads if size % heads == 0 and size != self.batch else 1
+    def fold(self, q: Tensor) -> Fold:
+        """Where the heads of this module's queries ``q`` are."""
+        return Fold(
+            q, next((n for name in HEADS if isinstance(n := getattr(self.module, name, None), int)), None), self.batch
+        )
 
     def number(self) -> int:
         """Number of the matrix product that runs now among those of this module and the modules in it."""
@@ -134,7 +139,7 @@ class Tap(TorchFunctionMode):
 
     def edits(self, call: Call) -> list[Edit]:
         """Edits that apply to the call now running, in the order of application."""
-        found = [e for w in self.watches for e in w.edits_now(self.name, call)]
+        found = [e for w in self.watches if w.wants(call) for e in w.edits_now(self.name, call)]
         if len(found) > 1:
             found.sort(key=lambda e: (QUANTITIES.index(e.quantity), e.order or 0))
         return found
@@ -146,6 +151,7 @@ class Tap(TorchFunctionMode):
         call.site = self.name
         if self.watches:
             call.step = self.watches[0].step()
+            call.kind = self.watches[0].kind(self, call)
             for watch in self.watches:
                 watch.name_tokens(self.name, call)
         return self.edits(call)
@@ -168,7 +174,8 @@ class Tap(TorchFunctionMode):
                 out = e.after(out, call)
         call.out = out
         for watch in self.watches:
-            out = watch.saw(self, call, out, seam)
+            if watch.wants(call):
+                out = watch.saw(self, call, out, seam)
         return out
 
 

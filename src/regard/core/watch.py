@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from regard.core import seams as _seams  # noqa: F401  fills SEAMS
 from regard.core.call import Call
 from regard.core.edit import Edit, EditConflict
-from regard.core.host import Host, Sample, hosts_of
-from regard.core.known import Known, Seam, knowledge, names
+from regard.core.host import Host, Sample, host_of, hosts_of
+from regard.core.kinds import kind_of
+from regard.core.known import Known, Seam, knowledge, matches, names
 from regard.core.step import Step, chosen
 from regard.core.tap import ATTRIBUTE, Tap, in_backward
 
@@ -106,13 +107,21 @@ class Watch:
     def known(self, name: str) -> Known | None:
         return knowledge(self.model).sites.get(name)
 
+    def kind(self, tap: Tap, call: Call) -> str:
+        known = self.known(tap.name)
+        if known is not None:
+            return known.kind
+        return host_of(tap.module).kind(self.model, tap.name, call) or kind_of(tap.streams, call)
+
+    def wants(self, call: Call) -> bool:
+        """Whether ``where`` means this call: before the first probe kinds are known only when a site runs."""
+        return self.exact or matches(call.site, call.kind, self.where)
+
     def name_tokens(self, name: str, call: Call) -> None:
         """Give the call the names that the user, or else the host, has for its tokens."""
         if torch.compiler.is_compiling() and not any(e.quantity in ("scale_keys", "bias") for e in self.all_edits):
             return
-        known = self.known(name)
-        kind = known.kind if known else ""
-        q, k = knowledge(self.model).tokens(name, kind, call.q.shape[2], call.k.shape[2])
+        q, k = knowledge(self.model).tokens(name, call.kind, call.q.shape[2], call.k.shape[2])
         if q is None or k is None:
             for host in self.hosts:
                 theirs = host.tokens(self.model, name, call, self.sample)

@@ -40,16 +40,17 @@ class RelevancePropagation:
         self, sizes: Mapping[str, int], *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> None:
         self.sizes = dict(sizes)
-        self._r = {
-            (s, q): (torch.eye if s == q else torch.zeros)(self.sizes[s], self.sizes[q], dtype=dtype, device=device)[
-                None
-            ]
-            for s in self.sizes
-            for q in self.sizes
+        self._identity = {s: torch.eye(n, dtype=dtype, device=device) for s, n in self.sizes.items()}
+        # What a matrix has above its start: 1 + 1e-6 in float32 would leave little of the 1e-6, which is normalised later.
+        self._gained = {
+            (s, q): torch.zeros(1, n, m, dtype=dtype, device=device)
+            for s, n in self.sizes.items()
+            for q, m in self.sizes.items()
         }
 
     def matrix(self, stream: str, of: str) -> Float[Tensor, "b l s"]:
-        return self._r[self._known(stream), self._known(of)]
+        gained = self._gained[self._known(stream), self._known(of)]
+        return gained + self._identity[stream] if stream == of else gained
 
     def self_attention(self, stream: str, weights: Float[Tensor, "b n n"]) -> None:
         """R_sq += A R_sq for every stream q, s itself included."""
@@ -70,11 +71,18 @@ class RelevancePropagation:
 
     def _crossed(self, s: str, q: str, weights: Tensor) -> dict[tuple[str, str], Tensor]:
         self._check(weights, s, q)
-        through = _normalized(self.matrix(s, s)).transpose(-1, -2) @ weights @ _normalized(self.matrix(q, q))
+        through = self._normalized(s).transpose(-1, -2) @ weights @ self._normalized(q)
         return {(s, q): through, (s, s): weights @ self.matrix(q, s)}
 
     def _add(self, additions: dict[tuple[str, str], Tensor]) -> None:
-        self._r |= {pair: self._r[pair] + more for pair, more in additions.items()}
+        self._gained |= {pair: self._gained[pair] + more for pair, more in additions.items()}
+
+    def _normalized(self, stream: str) -> Tensor:
+        """The identity plus R - I with rows that sum to one; a row without relevance of others has none (0 / 0 = 0)."""
+        gained = self._gained[stream, stream]
+        total = gained.sum(-1, keepdim=True)
+        shares = torch.where(total > 0, gained / total.clamp_min(torch.finfo(gained.dtype).tiny), 0.0)
+        return shares + self._identity[stream]
 
     def _known(self, stream: str) -> str:
         if stream not in self.sizes:
@@ -87,14 +95,6 @@ class RelevancePropagation:
             raise ValueError(
                 f"weights of {s} looking at {q} must be (b, {expected[0]}, {expected[1]}); got {tuple(weights.shape)}"
             )
-
-
-def _normalized(own: Tensor) -> Tensor:
-    """The identity plus R - I with rows that sum to one; a row without relevance of others has none (0 / 0 = 0)."""
-    identity = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
-    gained = own - identity
-    total = gained.sum(-1, keepdim=True)
-    return torch.where(total > 0, gained / total.clamp_min(torch.finfo(own.dtype).tiny), 0.0) + identity
 
 
 def gradient_weighted(call: Call) -> Float[Tensor, "b l s"]:

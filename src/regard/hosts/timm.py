@@ -10,7 +10,6 @@ from regard.core.host import HOSTS, Host, Sample
 from regard.core.swap import Plan, Projection, Projections
 from regard.core.tokens import Segment, Tokens
 
-
 # Attention in which the tokens are channels.
 CHANNEL = ("XCA", "ChannelAttention", "ChannelAttentionV2", "CrossCovarianceAttn")
 

@@ -40,8 +40,7 @@ class Torch(Host):
     name = "torch"
 
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
-        window = _window(model, name)
-        layout = Tokens((Segment("window", window),)) if window is not None else _layout(model, sample.shape)
+        layout = _part(model, name) or _layout(model, sample.shape)
         q, k = (layout if layout is not None and layout.size == n else None for n in (call.q.shape[2], call.k.shape[2]))
         return q, k
 
@@ -53,14 +52,13 @@ def _layout(model: nn.Module, sample: tuple[int, ...]) -> Tokens | None:
     return Tokens((Segment("cls", (1,)), Segment("image", (sample[-2] // patch, sample[-1] // patch))))
 
 
-def _window(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """Swin's attention has its window's sides; MaxViT's has their product, the same for windows and grids."""
-    module = model.get_submodule(name)
+def _part(model: nn.Module, name: str) -> Tokens | None:
+    """Swin's attention has its window's sides; MaxViT's has one side, and sees a window or every n-th token of a grid."""
+    module, role = model.get_submodule(name), "window"
     window = getattr(module, "window_size", None)
-    if isinstance(window, list) and len(window) == 2:
-        return tuple(window)
-    size = getattr(module, "size", None)
-    return (size, size) if type(module).__name__ == "RelativePositionalMultiHeadAttention" and size else None
+    if type(module).__name__ == "RelativePositionalMultiHeadAttention":
+        window, role = [module.size] * 2, "grid" if ".grid_attention." in name else "window"
+    return Tokens((Segment(role, tuple(window)),)) if isinstance(window, list) and len(window) == 2 else None
 
 
 HOSTS["torch"] = HOSTS["torchvision"] = Torch()

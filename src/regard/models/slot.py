@@ -200,16 +200,18 @@ class SlotNetwork(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(1, grid[0] * grid[1], dim))
         self.stages = nn.ModuleList()
         self.reduce = nn.ModuleList()
-        for i, blocks in enumerate(depth):
+        places: list[tuple[_Block, int, int, Grid]] = []
+        for i, count in enumerate(depth):
             if i:
                 self.reduce.append(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1))
-                dim, grid = 2 * dim, (-(-grid[0] // 2), -(-grid[1] // 2))
+                dim, num_heads, grid = 2 * dim, 2 * num_heads, (-(-grid[0] // 2), -(-grid[1] // 2))
                 self.grids.append(grid)
-            self.stages.append(nn.Sequential(*(_Block(dim) for _ in range(blocks))))
+            blocks = [_Block(dim) for _ in range(count)]
+            places += [(block, dim, num_heads, grid) for block in blocks]
+            self.stages.append(nn.Sequential(*blocks))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
-        for i, places in enumerate(blocks):
-            for block in places:
-                block.mixer = mixer(block.norm1.normalized_shape[0], num_heads * 2**i, self.grids[i])
+        for block, width, heads, where in places:
+            block.mixer = mixer(width, heads, where)
 
     def forward(self, image: Float[Tensor, "b k i j"]) -> Float[Tensor, "b classes"]:
         if tuple(image.shape[1:]) != (self.channels, *self.image):

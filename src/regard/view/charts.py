@@ -74,7 +74,7 @@ def pareto(comparison: Comparison, width: float) -> Chart:
     chart.axes(
         box,
         (x, log_ticks(low, high, 8 if wide else 5), f"forward pass of {batch} images, ms (logarithmic)"),
-        (lambda percent: y(percent / 100), marks, "accuracy on test images, % (spaced by the logarithm of the error)"),
+        (lambda percent: y(percent / 100), marks, "accuracy on test images, %"),
     )
     front = comparison.front()
     steps = sorted((x(time.median), y(row.accuracy)) for row, time in rows if row.layer in front)

@@ -28,7 +28,9 @@ def reading(comparison: Comparison) -> str:
     )
     close = ", ".join(row.layer for row in comparison.close())
     words = Template((ASSETS / "reading.html").read_text())
-    return words.substitute(close=escape(close), tests=data["test"], seeds=seeds, epochs=settings["epochs"], missed=escape(names))
+    return words.substitute(
+        close=escape(close), tests=data["test"], seeds=seeds, epochs=settings["epochs"], missed=escape(names)
+    )
 
 
 def failures(comparison: Comparison) -> str:

@@ -96,8 +96,9 @@ def _key(rows: list[Row]) -> str:
 
 def _pareto(comparison: Comparison) -> str:
     return f"""<h2 id="pareto">Accuracy against time</h2>
-<p class="soft">Up is more accurate, left is faster. Small dots are single seeds, marks their mean; filled marks,
-joined by the dashed line, are the front: no layer is both faster and more accurate. Point at anything for its figures.</p>
+<p class="soft">Up is more accurate (spaced by the logarithm of the error), left is faster. Small dots are single seeds, marks
+their mean; filled marks, joined by the dashed line, are the front: no layer is both faster and more accurate. Point at anything
+for its figures.</p>
 <div class="card">{_key(comparison.measured())}{_both(lambda width: charts.pareto(comparison, width), 1050.0)}</div>"""
 
 
@@ -207,7 +208,8 @@ def _growth(comparison: Comparison) -> str:
     return f"""<h2 id="growth">Growth with tokens</h2>
 <p class="soft">The layer alone, one image, forward pass, {settings["dim"]} channels, {settings["num_heads"]} heads. Beside
 the name: the exponent p of n<sup>p</sup> fitted from 196 tokens on, with its standard error; 1 is linear, 2 is quadratic.
-Layers that work on pieces of fixed size pad what does not fit, which makes their lines uneven.</p><div class="pair">{cards}</div>{missing}"""
+Layers that work on pieces of fixed size pad what does not fit, which makes their lines uneven.</p>
+<div class="pair">{cards}</div>{missing}"""
 
 
 def _maps(comparison: Comparison) -> str:

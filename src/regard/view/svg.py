@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
 Scale = Callable[[float], float]
 
 
@@ -115,7 +116,7 @@ class Chart:
 
     def axes(
         self,
-        box: tuple[float, float, float, float],
+        box: Box,
         x: tuple[Scale, Sequence[float], str],
         y: tuple[Scale, Sequence[float], str],
     ) -> None:
@@ -163,36 +164,46 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def place_labels(
-    points: Sequence[Point], labels: Sequence[str], box: tuple[float, float, float, float], obstacles: Sequence[Point]
+    points: Sequence[Point],
+    labels: Sequence[str],
+    box: Box,
+    obstacles: Sequence[Point],
 ) -> list[Point]:
-    """Where to start each label (left end of its baseline) so that it is near its point and hits nothing, greedily.
+    """Where to start each label (left end of its baseline), greedily: near its point, on no other label and no point.
 
-    Labels keep clear of each other, of all ``points`` and, less strictly, of ``obstacles``; all stay within ``box``.
+    A place that is nearer to another point than to its own is avoided, so are ``obstacles``; all stay within ``box``
+    (left, top, right, bottom).
     """
-    left, top, right, bottom = box
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Box] = []
     placed = []
-    for (x, y), label in zip(points, labels):
-        w, h = text_width(label), 13.0
-        best, least = (x, y), math.inf
+    sides = ((1, 0), (1, -0.8), (1, 0.8), (0, -1), (0, 1), (-1, 0), (-1, -0.8), (-1, 0.8))
+    for point, label in zip(points, labels):
+        width = text_width(label)
+        best, least, area = point, math.inf, (0.0, 0.0, 0.0, 0.0)
         for ring in (0, 8, 18, 30, 44, 60, 80):
-            for dx, dy in ((1, 0), (1, -0.8), (1, 0.8), (0, -1), (0, 1), (-1, 0), (-1, -0.8), (-1, 0.8)):
-                at = x + dx * (9 + ring * 0.5) - (w if dx < 0 else w / 2 if dx == 0 else 0)
-                base = y + 4 + dy * (12 + ring)
-                area = (at, base - h + 2, at + w, base + 3)
-                cost = 0.35 * ring + (abs(dx) + abs(dy) > 1.5) * 2 + (dx < 0) * 1
-                cost += 500 * (area[0] < left or area[2] > right or area[1] < top or area[3] > bottom)
-                cost += 200 * sum(_overlap(area, other) for other in taken)
-                cost += 60 * sum(area[0] - 6 < px < area[2] + 6 and area[1] - 6 < py < area[3] + 6 for px, py in points)
-                cost += 6 * sum(
-                    area[0] - 3 < px < area[2] + 3 and area[1] - 3 < py < area[3] + 3 for px, py in obstacles
-                )
+            for dx, dy in sides:
+                left = point[0] + dx * (9 + ring * 0.5) - width * (1 - dx) / 2
+                base = point[1] + 4 + dy * (12 + ring)
+                tried = (left, base - 11, left + width, base + 3)
+                own = _distance(point, tried)
+                cost = 0.35 * ring + own / 10 + (dx < 0)
+                cost += 500 * (tried[0] < box[0] or tried[1] < box[1] or tried[2] > box[2] or tried[3] > box[3])
+                cost += 200 * sum(_overlap(tried, other) for other in taken)
+                others = [_distance(other, tried) for other in points if other != point]
+                cost += 60 * sum(far < 6 for far in others) + 15 * any(far < own for far in others)
+                cost += 6 * sum(_distance(other, tried) < 3 for other in obstacles)
                 if cost < least:
-                    best, least = (at, base), cost
-        taken.append((best[0], best[1] - h + 2, best[0] + w, best[1] + 3))
+                    best, least, area = (left, base), cost, tried
+        taken.append(area)
         placed.append(best)
     return placed
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _distance(point: Point, box: Box) -> float:
+    dx = max(box[0] - point[0], 0.0, point[0] - box[2])
+    dy = max(box[1] - point[1], 0.0, point[1] - box[3])
+    return math.hypot(dx, dy)
+
+
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -91,7 +91,7 @@ class HiLoAttention(nn.Module):
     form = "softmax"
 
     def __init__(
-        self, dim: int, num_heads: int = 8, window_size: int = 2, *, alpha: float = 0.5, bias: bool = False
+        self, dim: int, num_heads: int = 8, window_size: int = 2, *, alpha: int | float = 0.5, bias: bool = False
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:

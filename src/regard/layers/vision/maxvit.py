@@ -84,7 +84,7 @@ class PartitionAttention(nn.Module):
         dim: int,
         num_heads: int,
         window_size: int,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: int | float = 4.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         approximate: str = "none",
@@ -197,7 +197,7 @@ class MaxAttention(nn.Module):
         window_size: int = 7,
         grid_size: int | None = None,
         *,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: int | float = 4.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()

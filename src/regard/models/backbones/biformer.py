@@ -47,7 +47,7 @@ class EnhancedAttention(nn.Module):
 class _Block(nn.Module):
     """A depthwise convolution that tells positions, then the usual block; on channel-first maps."""
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int | float, drop_path: float) -> None:
         super().__init__()
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.block = Block(dim, mixer, MLP(dim, int(dim * mlp_ratio)), drop_path=drop_path, eps=1e-6)
@@ -108,7 +108,7 @@ class BiFormer(nn.Module):
         regions: int = 7,
         topk: Sequence[int] = (1, 4, 16),
         depths: Sequence[int] = (2, 2, 8, 2),
-        mlp_ratio: float = 3.0,
+        mlp_ratio: int | float = 3.0,
         drop_path: float = 0.1,
         image_channels: int = 3,
         num_classes: int = 1000,

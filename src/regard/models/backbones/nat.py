@@ -98,7 +98,7 @@ class NAT(nn.Module):
         kernel_size: int = 7,
         *,
         depths: Sequence[int] = (3, 4, 18, 5),
-        mlp_ratio: float = 3.0,
+        mlp_ratio: int | float = 3.0,
         layer_scale: float | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.2,

@@ -1,0 +1,110 @@
+"""The bench gives ratios of one run, refuses a layer whose checks fail, and keeps one row a subject."""
+
+import csv
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regard.bench import run as bench_run
+from regard.bench.peers import FUSED, PEERS, Peer, peers_of
+from regard.catalog import registry
+
+TINY = [(1, (7, 7), 32, 4)]
+QUICK = {"shapes": TINY, "rounds": 3, "budget": 0.0}
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Green:
+        ok = True
+
+    monkeypatch.setattr(bench_run, "check", lambda record: Green())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_beside_a_peer() -> None:
+    found = bench_run.bench("hilo", "torchvision", **QUICK)
+    assert [(r.subject, r.peer, r.mode) for r in found] == [
+        ("hilo", "torchvision ShiftedWindowAttention", "forward"),
+        ("hilo", "torchvision ShiftedWindowAttention", "forward+backward"),
+    ]
+    for row in found:
+        assert row.ratio == pytest.approx(row.peer_milliseconds / row.milliseconds)
+        assert min(row.milliseconds, row.mebibytes, row.peer_mebibytes) > 0
+    layer = registry.create("hilo", dim=32, num_heads=4)
+    window = PEERS["hilo"][1].build(32, 4, (7, 7))
+    counts = [sum(p.numel() for p in m.parameters()) for m in (layer, window)]
+    assert found[0].peer_parameters == pytest.approx(counts[1] / counts[0])
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_every_peer_takes_the_same_tokens(name: str) -> None:
+    record = registry.get(name)
+    assert record.kind == "layer"
+    x = torch.randn(2, 49, 32)
+    for peer in peers_of(name):
+        if peer.requires == "natten":
+            continue  # a source package without a wheel for this platform
+        assert isinstance(peer.build(32, 4, (7, 7)).eval()(x), Tensor)
+
+
+def test_no_number_while_a_check_fails() -> None:
+    @registry.method("broken-for-bench", kind="layer", example={"dim": 8, "num_heads": 2})
+    class Broken(nn.Module):
+        def __init__(self, dim: int, num_heads: int = 2) -> None:
+            super().__init__()
+            self.unused = nn.Linear(dim, dim)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(0)
+
+    try:
+        with pytest.raises(ValueError, match="no number for broken-for-bench while checks fail"):
+            bench_run.bench("broken-for-bench", **QUICK)
+    finally:
+        registry._METHODS.pop("broken-for-bench")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Peer("nobody's layer", FUSED.build, "no-such-distribution")
+    monkeypatch.setattr(bench_run, "peers_of", lambda name: (absent,))
+    found = bench_run.bench("hilo", **QUICK)
+    assert found == []
+    assert found.missing == ["nobody's layer: no-such-distribution is not installed"]
+    with pytest.raises(ValueError, match="nothing was measured"):
+        found.save()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_saving_replaces_earlier_rows_of_the_subject_only(tmp_path) -> None:
+    first = bench_run.bench("hilo", "attention", shapes=TINY, rounds=3, budget=0.0)
+    path = first.save(tmp_path)
+    bench_run.bench("flatten", "torchvision", **QUICK).save(tmp_path)
+    bench_run.bench("hilo", "torchvision", **QUICK).save(tmp_path)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(r["subject"], r["peer"].partition(" ")[0]) for r in rows] == [
+        ("flatten", "torchvision"),
+        ("flatten", "torchvision"),
+        ("hilo", "torchvision"),
+        ("hilo", "torchvision"),
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("hylo",), "nearest: hilo"), (("hilo", "flash"), "no peer of hilo"), (("fastv",), "accelerator")],
+)
+def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench_run.bench(*arguments, **QUICK)
+
+
+def test_reading_is_measured_beside_a_model_never_watched() -> None:
+    from regard.bench.capture import reading
+
+    rows = list(reading(rounds=3, budget=0.0))
+    assert {r.mode for r in rows} == {"capture of 12 sites", "after a capture"}
+    assert all(r.peer == "never watched" and r.ratio > 0 for r in rows)
