@@ -149,18 +149,19 @@ def sites(
 
     from rich.console import Console
 
+    from regard.core.site import Sites
     from regard.core.site import sites as find
     from regard.hosts.open import open_model
 
     with _bad_input():
         opened = open_model(model, pretrained=pretrained)
-        found = find(opened.model, **opened.inputs)
+        found = find(opened.model, run=lambda: opened.model(**opened.inputs))
         if where != "*":
             try:
                 picked = found[where]
             except KeyError as error:
                 raise ValueError(error.args[0]) from None
-            found = picked if isinstance(picked, list) else type(found)([picked])
+            found = picked if isinstance(picked, Sites) else Sites([picked])
     if as_json:
         _print_json([{**asdict(s), "tokens_q": str(s.tokens_q), "tokens_k": str(s.tokens_k)} for s in found])
     else:

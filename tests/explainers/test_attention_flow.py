@@ -203,7 +203,7 @@ def test_bad_weights_are_refused() -> None:
         attention_rollout([good[0] * float("nan")])
     with pytest.raises(ValueError, match="rows that sum to"):
         attention_flow([good[0] * 1.01])
-    with pytest.raises(ValueError, match="residual=1.5"):
+    with pytest.raises(ValueError, match=r"residual=1\.5"):
         attention_rollout(good, residual=1.5)
     with pytest.raises(ValueError, match=r"target=4 is outside 0\.\.3"):
         attention_flow(good, targets=[4])

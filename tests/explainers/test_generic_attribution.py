@@ -382,7 +382,7 @@ def test_lxmert_and_clip() -> None:
     lxmert = hf.LxmertForQuestionAnswering(config).eval()
     boxes = torch.rand(2, 6, 4)
     inputs = {"input_ids": IDS, "visual_feats": torch.randn(2, 6, 8), "visual_pos": boxes}
-    with pytest.raises(ValueError, match="x_layers.0 looks at other tokens more than once"):
+    with pytest.raises(ValueError, match=r"x_layers\.0 looks at other tokens more than once"):
         rg.explain(
             lxmert, inputs, "generic-attribution", target=lambda out: out.question_answering_score[:, 2], token=0
         )
@@ -464,7 +464,7 @@ def test_models_it_cannot_follow_are_refused() -> None:
         rg.explain(model, image, "generic-attribution", target=lambda out: model.head.bias.sum())
     with pytest.raises(ValueError, match="stream='query' is not one of tokens"):
         rg.explain(model, image, "generic-attribution", stream="query")
-    with pytest.raises(ValueError, match="says nothing of blocks.0.attn"):
+    with pytest.raises(ValueError, match=r"says nothing of blocks\.0\.attn"):
         rg.explain(model, image, "generic-attribution", topology={"layers.*": "tokens"})
     with pytest.raises(ValueError, match="start_layer=5 leaves none of 2"):
         rg.explain(model, image, "generic-attribution", start_layer=5)

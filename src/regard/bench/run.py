@@ -181,7 +181,7 @@ def device_name(device: str) -> str:
 
 def subject_layer(record: Method, dim: int, num_heads: int) -> nn.Module:
     """The layer at the width measured; an image gate has channels and no heads."""
-    return record.create(dim) if record.tags.input == "image" else record.create(dim=dim, num_heads=num_heads)
+    return record.target(dim) if record.tags.input == "image" else record.create(dim=dim, num_heads=num_heads)
 
 
 def arguments(record: Method, x: Tensor, grid: Grid) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

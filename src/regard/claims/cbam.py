@@ -46,8 +46,8 @@ class Block(nn.Module):
         return F.relu(self.branch(x) + self.shortcut(x))
 
 
-def resnet(gate: Gate, num_classes: int, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Sequential:
-    stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+def resnet(gate: Gate, num_classes: int, widths: tuple[int, ...] = (16, 32, 64), channels: int = 3) -> nn.Sequential:
+    stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
     blocks = [Block(widths[max(i - 1, 0)], w, 1 if i == 0 else 2, gate) for i, w in enumerate(widths)]
     return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 

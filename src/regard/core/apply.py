@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from regard.catalog import registry
 from regard.core.call import Call
 from regard.core.edit import Edit
-from regard.core.host import host_of
 from regard.core.step import Step
 from regard.core.tap import Tap
 from regard.core.watch import Watch
@@ -41,13 +40,7 @@ class Applied(Watch):
         self.edits = True
 
     def view(self, name: str, call: Call) -> SiteView:
-        known = self.known(name)
-        if known is not None:
-            kind = known.kind
-        else:
-            shapes = "self" if call.q.shape[2] == call.k.shape[2] else "cross"
-            kind = host_of(self.model.get_submodule(name)).kind(self.model, name, call) or shapes
-        return SiteView(name, kind, call)
+        return SiteView(name, call.kind, call)
 
     def edits_now(self, name: str, call: Call) -> Sequence[Edit]:
         step = self.step()

@@ -30,7 +30,8 @@ class Opened:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            picture = Image.open(path).convert("RGB")
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"image={str(path)!r} cannot be read: {error}") from None
         fitted = ImageOps.fit(picture, (self.size[1], self.size[0]), method=Image.Resampling.BICUBIC)

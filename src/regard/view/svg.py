@@ -190,7 +190,7 @@ def place_labels(
                 cost += 500 * (tried[0] < box[0] or tried[1] < box[1] or tried[2] > box[2] or tried[3] > box[3])
                 cost += 200 * sum(_overlap(tried, other) for other in taken)
                 others = [_distance(other, tried) for other in points if other != point]
-                cost += 60 * sum(far < 6 for far in others) + 15 * any(far < own for far in others)
+                cost += 60 * sum(far < 6 for far in others) + 40 * any(far < own for far in others)
                 cost += 6 * sum(_distance(other, tried) < 3 for other in obstacles)
                 if cost < least:
                     best, least, area = (left, base), cost, tried

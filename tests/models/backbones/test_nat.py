@@ -25,30 +25,17 @@ def test_parameter_counts_are_those_published(build, parameters: int) -> None:
 
 
 def test_parameters_carry_the_official_names() -> None:
-    names = set(nat.nat_mini(**SMALL, layer_scale=1e-5).state_dict())
-    block = ["norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-    expected = {
-        f"levels.{i}.blocks.{j}.{part}.{kind}"
-        for i, n in enumerate(SMALL["depths"])
-        for j in range(n)
-        for part in block
-        for kind in ("weight", "bias")
-    }
-    expected |= {
-        f"levels.{i}.blocks.{j}.{part}"
-        for i, n in enumerate(SMALL["depths"])
-        for j in range(n)
-        for part in ("gamma1", "gamma2", "attn.rpb")
-    }
-    expected |= {
-        f"levels.{i}.downsample.{part}" for i in range(3) for part in ("reduction.weight", "norm.weight", "norm.bias")
-    }
-    expected |= {
-        f"{part}.{kind}"
-        for part in ("patch_embed.proj.0", "patch_embed.proj.1", "patch_embed.norm", "norm", "head")
-        for kind in ("weight", "bias")
-    }
-    assert names == expected
+    def both(*parts: str) -> set[str]:
+        return {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+
+    expected = both("patch_embed.proj.0", "patch_embed.proj.1", "patch_embed.norm", "norm", "head")
+    for i, depth in enumerate((1, 2, 1, 1)):
+        for block in (f"levels.{i}.blocks.{j}." for j in range(depth)):
+            expected |= {block + part for part in ("gamma1", "gamma2", "attn.rpb")}
+            expected |= both(*(block + p for p in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")))
+        if i < 3:
+            expected |= {f"levels.{i}.downsample.reduction.weight"} | both(f"levels.{i}.downsample.norm")
+    assert set(nat.nat_mini(**SMALL, layer_scale=1e-5).state_dict()) == expected
 
 
 def test_features_are_maps_at_four_strides_and_the_head_reads_the_last() -> None:

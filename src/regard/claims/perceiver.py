@@ -1,0 +1,152 @@
+"""A Perceiver reads an image as a set of pixels: it needs no grid, and loses nothing when the pixels are shuffled.
+
+Set-up: handwritten digits averaged to 14x14, 4,000 to train on, 1,000 to test on, as they are or under one fixed permutation
+of the pixels. The Perceiver (24 latents of 64 channels, 2 readings, 2 blocks after each, 6 bands) gets each pixel with the
+position that it came from. A small residual network and a ViT with patches of 2x2 get the permuted image, the ViT with the
+same Fourier features, of the permuted grid. 800 steps of AdamW with one cycle, batches of 64, all alike.
+
+Bar, with three seeds: the Perceiver's accuracy is at most 5 points below the residual network's on images as they are, and
+differs by at most 1 point between the two conditions; permuted, the residual network loses at least 10 points, and the ViT
+loses. With shared weights, 2 readings are not worse than 1 and 4 not worse than 2 by more than 1 point. Sharing saves at
+least 40 % of the parameters of 4 readings and costs at most 2 points.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.claims.cbam import resnet
+from regard.claims.claim import Budget, Row, mean_row
+from regard.models.backbones.perceiver import Block, Perceiver
+from regard.ops.positions import fourier_features, grid_coordinates
+from regard.worlds.digits import digits
+
+SEEDS = 3
+SIDE, BANDS = 14, 6
+
+
+def images(split: str) -> tuple[Tensor, Tensor]:
+    """(n, 1, 14, 14) of zero mean and unit deviation, and the digits."""
+    world = digits(split)  # type: ignore[arg-type]
+    small = F.avg_pool2d(world.pixels.float() / 255, 2)
+    return (small - 0.13) / 0.3, world.labels
+
+
+class Pixels(nn.Module):
+    """A Perceiver on images whose pixels carry the positions that they had before the permutation."""
+
+    def __init__(self, order: Tensor, repeats: int = 2, shared: bool = True) -> None:
+        super().__init__()
+        sizes = {"dim": 64, "num_heads": 4, "num_latents": 24, "depth": 2, "bands": BANDS, "max_freq": float(SIDE)}
+        self.model = Perceiver(1, 10, repeats=repeats, shared=shared, **sizes)  # type: ignore[arg-type]
+        self.positions = grid_coordinates((SIDE, SIDE))[order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.flatten(2).transpose(1, 2), positions=self.positions)
+
+
+class ViT(nn.Module):
+    """Patches of 2x2 with the Fourier features of their pixels in the image that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = fourier_features(grid_coordinates((SIDE, SIDE)), BANDS, float(SIDE))
+        self.features = features.T.reshape(1, -1, SIDE, SIDE)
+        self.embed = nn.Conv2d(1 + features.shape[1], 64, 2, 2)
+        self.blocks = nn.Sequential(*(Block(64, 4) for _ in range(3)))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(torch.cat([x, self.features.expand(len(x), -1, -1, -1)], 1)).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+class Network(nn.Module):
+    """The residual network of three stages, with Fourier features beside the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = ViT().features
+        self.net = resnet(lambda dim: nn.Identity(), 10, channels=1 + self.features.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(torch.cat([x, self.features.expand(len(x), -1, -1, -1)], 1))
+
+
+def accuracy(model: nn.Module, data: tuple[Tensor, ...], seed: int, steps: int) -> float:
+    """Train, and say how many per cent of the test images are right."""
+    x, y, test, truth = data
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    order = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(steps):
+        index = torch.randint(len(x), (64,), generator=order)
+        optimiser.zero_grad()
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimiser.step()
+        rate.step()
+    model.eval()
+    with torch.no_grad():
+        said = torch.cat([model(part).argmax(1) for part in test.split(250)])
+    return 100 * (said == truth).double().mean().item()
+
+
+def run(budget: Budget, seeds: int) -> list[Row]:
+    steps = 2 if budget == "smoke" else 800
+    x, y = images("train")
+    test, truth = images("test")
+    if budget == "smoke":
+        test, truth = test[:50], truth[:50]
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        order = torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(5000 + seed))
+        still = torch.arange(SIDE * SIDE)
+        raw = (x, y, test, truth)
+        mixed = (_shuffle(x, order), y, _shuffle(test, order), truth)
+        arms = {
+            "perceiver": (lambda: Pixels(still), raw),
+            "perceiver, permuted": (lambda: Pixels(order), mixed),  # noqa: B023
+            "network": (Network, raw),
+            "network, permuted": (Network, mixed),
+            "vit": (ViT, raw),
+            "vit, permuted": (ViT, mixed),
+            "1 reading": (lambda: Pixels(still, 1), raw),
+            "4 readings": (lambda: Pixels(still, 4), raw),
+            "4 readings, separate": (lambda: Pixels(still, 4, shared=False), raw),
+        }
+        for name, (build, data) in arms.items():
+            torch.manual_seed(seed)
+            found.setdefault(name, []).append(accuracy(build(), data, seed, steps))
+    mean = {name: math.fsum(values) / seeds for name, values in found.items()}
+    ours = found["perceiver"]
+    apart = [abs(a - b) for a, b in zip(ours, found["perceiver, permuted"])]
+    drops = {name: [a - b for a, b in zip(found[name], found[f"{name}, permuted"])] for name in ("network", "vit")}
+    sizes = [sum(p.numel() for p in Pixels(still, 4, s).parameters()) for s in (True, False)]
+    return [
+        mean_row("accuracy, %", ours, mean["network"] - 5, ">=", baseline=mean["network"], note="residual network"),
+        Row("difference when permuted, points", math.fsum(apart) / seeds, 1, "<=", values=tuple(apart)),
+        mean_row("loss of the residual network when permuted, points", drops["network"], 10, ">="),
+        mean_row("loss of the ViT when permuted, points", drops["vit"], 0, ">"),
+        mean_row("accuracy of 2 readings, %", ours, mean["1 reading"] - 1, ">=", baseline=mean["1 reading"]),
+        mean_row(
+            "accuracy of 4 readings, %", found["4 readings"], mean["perceiver"] - 1, ">=", baseline=mean["perceiver"]
+        ),
+        Row("parameters saved by sharing, %", 100 * (1 - sizes[0] / sizes[1]), 40, ">="),
+        mean_row(
+            "accuracy of 4 shared readings, %",
+            found["4 readings"],
+            mean["4 readings, separate"] - 2,
+            ">=",
+            baseline=mean["4 readings, separate"],
+            note="separate readings",
+        ),
+    ]
+
+
+def _shuffle(x: Tensor, order: Tensor) -> Tensor:
+    return x.flatten(2)[..., order].view_as(x)
