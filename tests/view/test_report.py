@@ -46,7 +46,8 @@ class Page(HTMLParser):
 
 def test_needs_no_network(comparison: Comparison) -> None:
     text = html(comparison)
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|<iframe|fetch\(|XMLHttpRequest", text)
+    bare = re.sub(r"data:image/png;base64,[\w+/=]+", "data:", text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|<iframe|fetch\(|XMLHttpRequest", bare)
     page = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
@@ -59,7 +60,7 @@ def test_holds_every_layer_and_what_was_run(comparison: Comparison) -> None:
         assert words.count(row.layer) >= 3
     for fact in ("small-digits", "Which attention should I use?", "peak learning rate 0.003", "torch 2.", "seeds"):
         assert fact in words
-    assert comparison.advice().split(",")[0].removeprefix("Use ") in words
+    assert comparison.advice() in "".join(Page(html(comparison)).words)
 
 
 def test_names_are_escaped(comparison: Comparison) -> None:
@@ -95,9 +96,11 @@ def test_with_one_seed_one_layer_and_perfect_accuracy(comparison: Comparison) ->
 @pytest.mark.parametrize("width", [1366, 390])
 def test_no_wider_than_the_screen(comparison: Comparison, tmp_path: Path, width: int) -> None:
     measure = (
-        "<script>const wide = [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre') &&"
-        " e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.tagName + ' ' + e.textContent.slice(0, 40));"
-        "document.title = JSON.stringify([document.documentElement.scrollWidth - document.documentElement.clientWidth, wide]);</script>"
+        "<script>const room = document.documentElement.clientWidth;"
+        "const wide = [...document.querySelectorAll('main *')].filter("
+        "e => !e.closest('.scroll, pre') && e.getBoundingClientRect().right > room + 1);"
+        "document.title = JSON.stringify([document.documentElement.scrollWidth - room,"
+        " wide.map(e => e.tagName + ' ' + e.textContent.slice(0, 40))]);</script>"
     )
     page = tmp_path / "report.html"
     page.write_text(html(comparison).replace("</body>", measure + "</body>"))

@@ -14,6 +14,8 @@ least 40 % of the parameters of 4 readings and costs at most 2 points.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from regard.worlds.digits import digits
 
 SEEDS = 3
 SIDE, BANDS = 14, 6
+FEATURES = 2 * (2 * BANDS + 1)
 
 
 def images(split: str) -> tuple[Tensor, Tensor]:
@@ -34,6 +37,10 @@ def images(split: str) -> tuple[Tensor, Tensor]:
     world = digits(split)  # type: ignore[arg-type]
     small = F.avg_pool2d(world.pixels.float() / 255, 2)
     return (small - 0.13) / 0.3, world.labels
+
+
+def shuffle(x: Tensor, order: Tensor) -> Tensor:
+    return x.flatten(2)[..., order].view_as(x)
 
 
 class Pixels(nn.Module):
@@ -49,19 +56,23 @@ class Pixels(nn.Module):
         return self.model(x.flatten(2).transpose(1, 2), positions=self.positions)
 
 
+def with_features(x: Tensor) -> Tensor:
+    """The image with the Fourier features of its own grid as further channels."""
+    features = fourier_features(grid_coordinates((SIDE, SIDE)), BANDS, float(SIDE)).T.reshape(1, FEATURES, SIDE, SIDE)
+    return torch.cat([x, features.expand(len(x), -1, -1, -1)], 1)
+
+
 class ViT(nn.Module):
     """Patches of 2x2 with the Fourier features of their pixels in the image that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
-        features = fourier_features(grid_coordinates((SIDE, SIDE)), BANDS, float(SIDE))
-        self.features = features.T.reshape(1, -1, SIDE, SIDE)
-        self.embed = nn.Conv2d(1 + features.shape[1], 64, 2, 2)
+        self.embed = nn.Conv2d(1 + FEATURES, 64, 2, 2)
         self.blocks = nn.Sequential(*(Block(64, 4) for _ in range(3)))
         self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(torch.cat([x, self.features.expand(len(x), -1, -1, -1)], 1)).flatten(2).transpose(1, 2)
+        x = self.embed(with_features(x)).flatten(2).transpose(1, 2)
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
@@ -70,11 +81,10 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = ViT().features
-        self.net = resnet(lambda dim: nn.Identity(), 10, channels=1 + self.features.shape[1])
+        self.net = resnet(lambda dim: nn.Identity(), 10, channels=1 + FEATURES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(torch.cat([x, self.features.expand(len(x), -1, -1, -1)], 1))
+        return self.net(with_features(x))
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, ...], seed: int, steps: int) -> float:
@@ -107,17 +117,17 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         order = torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(5000 + seed))
         still = torch.arange(SIDE * SIDE)
         raw = (x, y, test, truth)
-        mixed = (_shuffle(x, order), y, _shuffle(test, order), truth)
-        arms = {
-            "perceiver": (lambda: Pixels(still), raw),
-            "perceiver, permuted": (lambda: Pixels(order), mixed),  # noqa: B023
+        mixed = (shuffle(x, order), y, shuffle(test, order), truth)
+        arms: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+            "perceiver": (partial(Pixels, still), raw),
+            "perceiver, permuted": (partial(Pixels, order), mixed),
             "network": (Network, raw),
             "network, permuted": (Network, mixed),
             "vit": (ViT, raw),
             "vit, permuted": (ViT, mixed),
-            "1 reading": (lambda: Pixels(still, 1), raw),
-            "4 readings": (lambda: Pixels(still, 4), raw),
-            "4 readings, separate": (lambda: Pixels(still, 4, shared=False), raw),
+            "1 reading": (partial(Pixels, still, 1), raw),
+            "4 readings": (partial(Pixels, still, 4), raw),
+            "4 readings, separate": (partial(Pixels, still, 4, shared=False), raw),
         }
         for name, (build, data) in arms.items():
             torch.manual_seed(seed)
@@ -146,7 +156,3 @@ def run(budget: Budget, seeds: int) -> list[Row]:
             note="separate readings",
         ),
     ]
-
-
-def _shuffle(x: Tensor, order: Tensor) -> Tensor:
-    return x.flatten(2)[..., order].view_as(x)

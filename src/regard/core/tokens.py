@@ -60,10 +60,6 @@ class Tokens:
     def size(self) -> int:
         return sum(s.size for s in self.segments)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(s.shape for s in self.segments)
-
     def span(self, role: str) -> slice:
         """Where ``role`` stands on the axis."""
         start = 0

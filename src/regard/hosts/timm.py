@@ -22,10 +22,7 @@ class Timm(Host):
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         if self.kind(model, name, call) == "channel":
             return None, None
-        # A whole image that is one window is called an image; the attention of some plain ViTs has a window of that size.
         layouts = [x for x in (_layout(model, sample.shape), _part(model, name)) if x is not None]
-        if len(layouts) == 2 and layouts[0].size == layouts[1].size and layouts[0].shapes != layouts[1].shapes:
-            del layouts[0]
         q, k = (next((x for x in layouts if x.size == n), None) for n in (call.q.shape[2], call.k.shape[2]))
         return q, k
 
