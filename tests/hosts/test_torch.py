@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import regard as rg
 from regard.core.call import OpaqueSite
 
-H, D, B, L, S = 3, 4, 2, 5, 7
+H, D, B, L, S = 4, 3, 2, 5, 7
 C = H * D
 
 
@@ -102,6 +102,12 @@ def test_unbatched(need_weights: bool) -> None:
     with rg.capture(layer) as cap:
         layer(x, x, x, need_weights=need_weights)
     torch.testing.assert_close(cap[""].weights(), expected[None], atol=1e-12, rtol=0)
+
+
+def test_keys_of_the_layers_own_leave_self_attention_what_it_is() -> None:
+    for more in ({"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}):
+        x = torch.randn(B, L, C, dtype=torch.float64)
+        assert [s.kind for s in rg.sites(attention(**more), x, x, x)] == ["self"]
 
 
 def test_batch_first_off_with_as_many_tokens_as_heads_times_batch() -> None:
@@ -202,6 +208,7 @@ def test_a_watch_turns_off_torchs_fast_path_and_nothing_else() -> None:
     assert cap["self_attn"].kind == "self"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_encoder_with_padding(nested: bool) -> None:
     model = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=nested).eval()

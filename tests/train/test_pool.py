@@ -1,6 +1,7 @@
 """Worker processes: results, progress, and calls that fail, print or kill their process."""
 
 import os
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -76,6 +77,12 @@ def test_leaving_early_stops_the_processes(tmp_path: Path) -> None:
     assert time.monotonic() - start < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
+
+
+def test_without_processes_every_call_fails_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    found = last(list(run_calls([Call("a", "tasks:threads"), Call("b", "tasks:threads")], 2)))
+    assert all(found[key].facts["reason"].startswith("no worker process: FileNotFoundError") for key in "ab")
 
 
 def test_one_thread_each_and_no_calls() -> None:

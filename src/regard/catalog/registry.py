@@ -97,34 +97,29 @@ def method(
 
 
 @cache
-def modules() -> dict[str, tuple[str, Kind]]:
-    """Every file that holds a paper's code: slug -> (module, kind); reads file names, imports nothing."""
-    found: dict[str, tuple[str, Kind]] = {}
-    for kind, folder in FOLDERS.items():
+def modules() -> dict[str, list[str]]:
+    """Files that hold a paper's code: slug -> modules, one for each of its faces; reads file names, imports nothing."""
+    found: dict[str, list[str]] = {}
+    for folder in FOLDERS.values():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.stem.startswith("_"):
-                continue
-            dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found.setdefault(path.stem.replace("_", "-"), (f"regard.{dotted}", kind))  # type: ignore[arg-type]
+            if not path.stem.startswith("_"):
+                dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found.setdefault(path.stem.replace("_", "-"), []).append(f"regard.{dotted}")
     return found
 
 
-def _module_of(name: str) -> str | None:
+def _modules_of(name: str) -> list[str]:
     files = modules()
     parts = name.split("-")
-    for end in range(len(parts), 0, -1):
-        stem = "-".join(parts[:end])
-        if stem in files:
-            return files[stem][0]
-    return None
+    stems = ("-".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((files[stem] for stem in stems if stem in files), [])
 
 
 def get(name: str) -> Method:
     """The method called ``name``; underscores count as hyphens. Raises ValueError with the nearest names."""
     wanted = name.replace("_", "-")
     if wanted not in _METHODS:
-        module = _module_of(wanted)
-        if module is not None:
+        for module in _modules_of(wanted):
             importlib.import_module(module)
     if wanted not in _METHODS:
         known = sorted({*modules(), *_METHODS})
@@ -135,7 +130,7 @@ def get(name: str) -> Method:
 
 def methods(kind: Kind | None = None) -> list[Method]:
     """Every method, optionally of one kind, by name; imports the files that hold them."""
-    for module, _ in modules().values():
+    for module in (m for faces in modules().values() for m in faces):
         importlib.import_module(module)
     return [m for _, m in sorted(_METHODS.items()) if kind is None or m.kind == kind]
 

@@ -1,13 +1,15 @@
 """Rectified linear attention learns what softmax attention learns, with exact zeros and heads that look at nothing.
 
-Set-up: 16 random tokens out of 32 are to be read backwards. Two pre-norm transformer layers of width 64 with 4 heads, 1,500
-steps of Adam at 1e-3 with fresh batches of 64; accuracy per token, and weights, on 512 new sequences. Compared: softmax
-attention, ReLA with the small start (``rela-init``) and with the gate (``rela``), trained alike.
+Set-up: 16 random tokens out of 32 are to be read backwards. Two pre-norm transformer layers of width 64 with 4 heads,
+1,500 steps of Adam at 1e-3 with fresh batches of 64; accuracy per token, and weights, on 512 new sequences. Compared:
+softmax attention, ReLA with the small start (``rela-init``) and with the gate (``rela``), trained alike. Positions
+start as large as tokens: from 0.02 the gated form leaves the first plateau (accuracy 0.15) only after 2,000 steps, the
+others before 1,500.
 
-Bar, with three seeds: each form of ReLA reaches an accuracy of 0.98 in the mean, more than 60 % of its weights in the second
-layer are exactly zero, and some head of it looks at nothing for some queries, while softmax has no zero at all. Of the
-attention alone, with 512 tokens and the matrix in the open, forward and backward: at most 1.1 times softmax, at least 1.5
-times faster than sparsemax and than entmax with alpha 1.5.
+Bar, with three seeds: each form of ReLA reaches an accuracy of 0.98 in the mean, more than 60 % of its weights in the
+second layer are exactly zero, and some head of it looks at nothing for some queries, while softmax has no zero at all.
+Of the attention alone, with 512 tokens and the matrix in the open, forward and backward: at most 1.1 times softmax, at
+least 1.5 times faster than sparsemax and than entmax with alpha 1.5.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Reader(nn.Module):
     def __init__(self, form: type[Attention]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, DIM)
-        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, DIM))
+        self.positions = nn.Parameter(torch.randn(LENGTH, DIM))
         self.blocks = nn.ModuleList([Block(form), Block(form)])
         self.head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, VOCABULARY))
 

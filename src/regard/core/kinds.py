@@ -26,16 +26,17 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def kind_of(streams: list[tuple[int, ...]], call: Call) -> str:
-    """``pool`` is attention to fewer or more keys than queries, out of one stream."""
+    """Keys that a layer adds of its own (a zero, a bias, a cache) change no kind; ``pool`` leaves out queries or keys."""
     l, s, h, d = call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.shape[-1]
     # A mask or a position bias is no stream of tokens.
     streams = streams[:1] + [x for x in streams[1:] if x[-2:] != (l, s)]
     if len(streams) >= 2:
         if l == s and l == streams[0][1] + streams[1][1]:
             return "joint"
-        return "cross" if s in streams[1][:2] else "self"
+        return "cross" if any(n <= s <= n + 2 for n in streams[1][:2]) else "self"
     if streams and len(streams[0]) == 3 and l == s:
         _, tokens, channels = streams[0]
         if channels == h * l and tokens in (d, call.v.shape[-1]) and tokens != l:
             return "channel"
-    return "self" if l == s else "pool"
+    whole = l < s and bool(streams) and len(streams[0]) == 3 and l in streams[0][:2]
+    return "self" if l == s or whole else "pool"

@@ -43,15 +43,19 @@ class _Worker:
     def __init__(self) -> None:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "regard.train.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "regard.train.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+        except OSError:
+            self.errors.close()
+            raise
 
     def run(self, call: Call) -> Iterator[Event]:
         assert self.process.stdin is not None
@@ -114,12 +118,16 @@ def run_calls(calls: Sequence[Call], workers: int) -> Generator[Event, None, Non
                 call = todo.get_nowait()
             except queue.Empty:
                 return
-            if worker is None or not worker.alive:
-                worker = hire()
-            if worker is None:
-                return
-            for event in worker.run(call):
-                events.put(event)
+            try:
+                if worker is None or not worker.alive:
+                    worker = hire()
+                if worker is None:
+                    return
+                for event in worker.run(call):
+                    events.put(event)
+            except Exception as error:  # whoever waits for this call must hear of it, whatever went wrong
+                reason = f"no worker process: {type(error).__name__}: {error}"
+                events.put(Event(call.key, "failed", {"reason": reason, "traceback": ""}))
 
     threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(workers, len(calls)))]
     for thread in threads:

@@ -20,28 +20,22 @@ Weights = Float[Tensor, "b h l s"]
 def naive(
     layer: RectifiedLinearAttention, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
 ) -> Float[Tensor, "b n c"]:
-    """One query and one key after the other."""
+    """One query after the other."""
     q, k, v = layer.project(x, x if context is None else context)
-    (b, h, l, d), s = q.shape, k.shape[2]
+    (b, h, l, d), (g, s) = q.shape, k.shape[1:3]
     everything = torch.ones(b, h, l, s, dtype=torch.bool)
     allowed = merge_masks(everything, causal_mask(l, s) if layer.causal else None, expand_mask(mask))
     assert allowed is not None
+    shared = torch.arange(h) // (h // g)
+    k, v = k[:, shared], v[:, shared]
     rows = []
-    for i in range(b):
-        for t in range(l):
-            heads = []
-            for head in range(h):
-                shared = head // (h // k.shape[1])
-                out = torch.zeros(d, dtype=x.dtype)
-                for j in range(s):
-                    score = q[i, head, t].dot(k[i, shared, j]) / sqrt(d)
-                    if allowed[i, head, t, j] and score > 0:
-                        out = out + score * v[i, shared, j]
-                heads.append(out)
-            o = torch.cat(heads)
-            y = layer.norm.weight * o / (o.square().mean() + layer.eps).sqrt()
-            rows.append(y / (1 + (-layer.norm.gate * o).exp()) if isinstance(layer.norm, GatedRMSNorm) else y)
-    return layer.out(torch.stack(rows).view(b, l, h * d))
+    for t in range(l):
+        scores = torch.einsum("bhd,bhsd->bhs", q[:, :, t], k) / sqrt(d)
+        weights = torch.where(allowed[:, :, t] & (scores > 0), scores, 0.0)
+        o = torch.einsum("bhs,bhsd->bhd", weights, v).flatten(1)
+        y = layer.norm.weight * o / (o.square().mean(-1, keepdim=True) + layer.eps).sqrt()
+        rows.append(y / (1 + (-layer.norm.gate * o).exp()) if isinstance(layer.norm, GatedRMSNorm) else y)
+    return layer.out(torch.stack(rows, 1))
 
 
 class GatedRMSNorm(nn.RMSNorm):

@@ -21,7 +21,7 @@ def naive(
     mask: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Float[Tensor, "b n c"]:
-    """Rows of scores times the temperature of their query, columns of weights times that of their value."""
+    """One query after the other: its scores times its temperature, and values times theirs."""
     source = x if context is None else context
     q, k, v = Attention.project(layer, x, source)
     (b, h, l, d), (g, s) = q.shape, k.shape[1:3]
@@ -31,25 +31,22 @@ def naive(
     allowed = merge_masks(everything, causal_mask(l, s) if layer.causal else None, expand_mask(mask))
     assert allowed is not None
 
-    def tau(temperature: Temperature, heads: Tensor, i: int, head: int, t: int, place: Tensor) -> Tensor:
-        w = temperature.token.get_parameter("weight")[head, 0]
-        token = (F.gelu(heads[i, head, t]) * w).sum().tanh()
-        return token + 1 + temperature.slope() * (place[i, t] + 1.0).double().log()
+    def tau(temperature: Temperature, heads: Tensor, place: Tensor) -> Tensor:
+        w = temperature.token.get_parameter("weight")[:, 0]
+        token = torch.einsum("bhnd,hd->bhn", F.gelu(heads), w).tanh()
+        return token + 1 + temperature.slope() * (place[:, None] + 1.0).double().log()
 
+    sharpness = tau(layer.q_temperature, q, at)
+    shared = torch.arange(h) // (h // g)
+    k, v = k[:, shared], (tau(layer.v_temperature, v, at_v)[..., None] * v)[:, shared]
     rows = []
-    for i in range(b):
-        for t in range(l):
-            for head in range(h):
-                shared = head // (h // g)
-                sharpness = tau(layer.q_temperature, q, i, head, t, at)
-                seen = [j for j in range(s) if allowed[i, head, t, j]]
-                row = torch.zeros(d, dtype=x.dtype)
-                if seen:
-                    logits = torch.stack([sharpness * q[i, head, t].dot(k[i, shared, j]) / d**0.5 for j in seen])
-                    for weight, j in zip(logits.softmax(0), seen):
-                        row = row + weight * tau(layer.v_temperature, v, i, shared, j, at_v) * v[i, shared, j]
-                rows.append(row)
-    return layer.out(torch.stack(rows).view(b, l, h * d))
+    for t in range(l):
+        logits = sharpness[:, :, t, None] * torch.einsum("bhd,bhsd->bhs", q[:, :, t], k) / d**0.5
+        shares = torch.where(allowed[:, :, t], (logits - logits.amax(-1, keepdim=True)).exp(), 0.0)
+        total = shares.sum(-1, keepdim=True)
+        weights = shares / torch.where(total > 0, total, 1.0)
+        rows.append(torch.einsum("bhs,bhsd->bhd", weights, v).flatten(1))
+    return layer.out(torch.stack(rows, 1))
 
 
 class ProjectedFeature(nn.Module):

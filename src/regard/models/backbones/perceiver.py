@@ -159,7 +159,7 @@ class Perceiver(nn.Module):
         shared: bool = True,
         axes: int = 2,
         bands: int = 64,
-        max_freq: float = 224.0,
+        max_freq: float | int = 224,
     ) -> None:
         super().__init__()
         sizes = {"input_dim": input_dim, "num_classes": num_classes, "num_latents": num_latents, "repeats": repeats}
