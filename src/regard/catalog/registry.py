@@ -30,7 +30,8 @@ class Tags:
 
     Layers: ``input`` is how ``forward`` is called: ``"tokens"`` (b, n, c), ``"grid"`` (b, n, c) with a required
     ``grid=(H, W)``, or ``"image"`` (b, c, H, W). ``multiple`` is what H and W must be divisible by.
-    ``xfail`` maps a check's name to the reason why it cannot hold for this method.
+    Accelerators and controllers: ``off`` holds the arguments with which they change nothing, bit for bit; default
+    ``keep=1.0`` and ``strength=0.0``. ``xfail`` maps a check's name to the reason why it cannot hold for this method.
     """
 
     input: Literal["tokens", "grid", "image"] = "tokens"
@@ -44,6 +45,7 @@ class Tags:
     multiple: int = 1
     random: bool = False
     swap: bool = True
+    off: dict[str, Any] = field(default_factory=dict, hash=False)
     xfail: MappingProxyType[str, str] | dict[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -58,6 +60,7 @@ class Method:
     tags: Tags
     example: dict[str, Any] = field(hash=False)
     naive: Callable[..., Any] | None = None
+    inputs: Callable[[int, int], dict[str, Any]] | None = None
 
     def create(self, **arguments: Any) -> Any:
         return self.target(**arguments)
@@ -74,6 +77,7 @@ def method(
     tags: Tags | None = None,
     example: dict[str, Any] | None = None,
     naive: Callable[..., Any] | None = None,
+    inputs: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated class or function under ``name``.
 
@@ -84,13 +88,15 @@ def method(
         tags: what it supports.
         example: keyword arguments of a small working instance.
         naive: a slow, obvious reference ``naive(instance, *inputs)`` that returns what the instance returns.
+        inputs: of a model, ``inputs(batch, seed)`` gives the arguments of a small forward; not needed for a model whose
+            forward takes ``image`` (b, image_channels, H, W), or ``x`` (b, n, input_dim) with or without a ``grid``.
     """
 
     def register(target: Callable[..., Any]) -> Callable[..., Any]:
         known = _METHODS.get(name)
         if known is not None and known.target.__module__ != target.__module__:
             raise ValueError(f"name={name!r} is registered twice: {known.target.__module__} and {target.__module__}")
-        _METHODS[name] = Method(name, kind, paper or name, target, tags or Tags(), example or {}, naive)
+        _METHODS[name] = Method(name, kind, paper or name, target, tags or Tags(), example or {}, naive, inputs)
         return target
 
     return register

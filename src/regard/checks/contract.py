@@ -14,10 +14,19 @@ from torch import nn
 
 from regard.catalog.registry import Kind, Method, Tags
 from regard.checks.samples import arguments_of
+from regard.hosts.tiny import Hosted
 
 
 class Skip(Exception):
     """Raised by a check that can say nothing about this method, with the reason."""
+
+
+def hosted(build: Callable[..., Hosted], **options: Any) -> Hosted:
+    """A tiny model of another library and its inputs; Skip where that is not installed."""
+    try:
+        return build(**options)
+    except ModuleNotFoundError as error:
+        raise Skip(f"{error.name} is not installed") from None
 
 
 @dataclass(frozen=True)

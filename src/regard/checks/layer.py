@@ -28,6 +28,7 @@ from regard.checks.samples import (
     whole,
     width,
 )
+from regard.checks.traces import keeps_nothing
 
 
 @contract("layer", naive=True)
@@ -211,53 +212,16 @@ def check_permutation_equivariant(method: Method) -> None:
     same(run(layer, x[:, order], **options), run(layer, x, **options)[:, order], "permuted tokens", 1e-10)
 
 
-def _holdings(layer: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that the layer's modules hold, registered or not, by path."""
-    found: dict[str, Tensor] = {}
-
-    def walk(path: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            found[path] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{path}.{key}", inner)
-        elif isinstance(value, list | tuple):
-            for key, inner in enumerate(value):
-                walk(f"{path}[{key}]", inner)
-
-    for name, module in layer.named_modules():
-        for key, value in vars(module).items():
-            if key != "_modules":
-                walk(f"{name}.{key}".lstrip("."), value)
-    return found
-
-
-def _hooks(layer: nn.Module) -> int:
-    return sum(len(value) for m in layer.modules() for key, value in vars(m).items() if key.endswith("_hooks"))
-
-
-def _kept(layer: nn.Module) -> dict[str, Tensor]:
-    return {path: tensor.detach().clone() for path, tensor in _holdings(layer).items()}
-
-
 @contract("layer")
 def check_nothing_left_behind(method: Method) -> None:
     """A call in ``eval`` leaves parameters and buffers alone, keeps nothing of its data or graph and no hook."""
     layer = build(method)
-    x, options = sample(method, layer)
-    hooks, before = _hooks(layer), _kept(layer)
-    run(layer, x.clone().requires_grad_(), **options)
-    first = _kept(layer)
-    run(layer, sample(method, layer, seed=9)[0].requires_grad_(), **options)
-    second = _kept(layer)
-    assert before.keys() <= first.keys(), f"a call dropped {sorted(before.keys() - first.keys())}"
-    assert first.keys() == second.keys(), f"a second call added or dropped {sorted(first.keys() ^ second.keys())}"
-    for old, new, when in ((before, first, "first"), (first, second, "second")):
-        for path, tensor in old.items():
-            assert torch.equal(new[path], tensor), f"{path} changed in the {when} call"
-    attached = [path for path, tensor in _holdings(layer).items() if tensor.grad_fn is not None]
-    assert not attached, f"{attached} hold on to the graph of a call"
-    assert _hooks(layer) == hooks, f"{_hooks(layer) - hooks} hooks were left behind"
+
+    def call(seed: int) -> None:
+        x, options = sample(method, layer, seed=seed)
+        run(layer, x.requires_grad_(), **options)
+
+    keeps_nothing(layer, call)
 
 
 @contract("layer", argument="num_heads")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import Method
 from regard.checks.contract import Skip, contract
-from regard.checks.samples import finite, same
+from regard.checks.samples import descends, finite, same, tensors_in
 
 
 def _made(method: Method) -> Any:
@@ -23,26 +22,13 @@ def _made(method: Method) -> Any:
     return objective
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)
-
-
 def _value(objective: nn.Module, given: Any) -> Tensor:
     torch.manual_seed(0)
     return objective(*given)
 
 
 def _leaves(objective: nn.Module, given: Any) -> list[Tensor]:
-    return [t for t in (*objective.parameters(), *_tensors(given)) if t.requires_grad and t.is_leaf]
+    return [t for t in (*objective.parameters(), *tensors_in(given)) if t.requires_grad and t.is_leaf]
 
 
 @contract("objective")
@@ -66,19 +52,7 @@ def check_objective_falls_along_its_gradient(method: Method) -> None:
     """Some small step against the gradient lowers it."""
     objective = _made(method)
     given = objective.toy(0)
-    leaves = _leaves(objective, given)
-    before = _value(objective, given)
-    grads = torch.autograd.grad(before, leaves, allow_unused=True)
-    norm = torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt().clamp_min(1e-12)
-    tried, done = [], 0.0
-    with torch.no_grad():
-        for step in (1e-1, 1e-2, 1e-3):
-            for leaf, g in zip(leaves, grads):
-                if g is not None:
-                    leaf -= (step - done) * g / norm
-            done = step
-            tried.append(_value(objective, given).item())
-    assert min(tried) < before.item(), f"{before.item():.6g} before, {tried} after steps of 0.1, 0.01, 0.001"
+    descends(lambda: _value(objective, given), _leaves(objective, given))
 
 
 @contract("objective", random=False)
@@ -86,9 +60,9 @@ def check_objective_is_a_function(method: Method) -> None:
     """``train`` and ``eval`` give one value, twice, and leave the batch alone."""
     objective = _made(method)
     given = objective.toy(0)
-    before = [t.detach().clone() for t in _tensors(given)]
+    before = [t.detach().clone() for t in tensors_in(given)]
     values = [objective.train(mode)(*given) for mode in (True, False, True)]
-    for old, new in zip(before, _tensors(given)):
+    for old, new in zip(before, tensors_in(given)):
         assert torch.equal(old, new), "the batch was written to"
     for value in values[1:]:
         same(value, values[0], "value in train and eval", 0.0)
@@ -101,8 +75,8 @@ def check_objective_prepare(method: Method) -> None:
     if not hasattr(objective, "prepare"):
         raise Skip("has no prepare")
     batch, *rest = objective.toy(0)
-    before = [t.detach().clone() for t in _tensors(batch)]
+    before = [t.detach().clone() for t in tensors_in(batch)]
     torch.manual_seed(0)
     finite(_value(objective, (objective.prepare(batch), *rest)), "objective of the prepared batch")
-    for old, new in zip(before, _tensors(batch)):
+    for old, new in zip(before, tensors_in(batch)):
         assert torch.equal(old, new), "prepare wrote to the batch"

@@ -18,7 +18,19 @@ from rich.text import Text
 
 from regard.catalog import registry
 from regard.catalog.registry import Kind, Method, Tags
-from regard.checks import explainer, grids, house, layer, objective, runtime, study, tokens  # noqa: F401
+from regard.checks import (  # noqa: F401
+    accelerator,
+    controller,
+    explainer,
+    grids,
+    house,
+    layer,
+    objective,
+    runtime,
+    sites,
+    study,
+    tokens,
+)
 from regard.checks.contract import CHECKS, Check, Skip
 from regard.checks.samples import arguments_of
 

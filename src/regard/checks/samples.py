@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -41,6 +41,14 @@ def arguments(method: Method, **wishes: Any) -> dict[str, Any]:
     """The method's example with those ``wishes`` that its target has an argument for."""
     known = arguments_of(method.target)
     return {**method.example, **{name: value for name, value in wishes.items() if name in known}}
+
+
+def off(method: Method) -> dict[str, Any]:
+    """The arguments with which an accelerator or a controller changes nothing."""
+    default = {"keep": 1.0} if method.kind == "accelerator" else {"strength": 0.0}
+    known = default.keys() <= arguments_of(method.target)
+    assert method.tags.off or known, f"has no argument {next(iter(default))!r}: tags.off must say what turns it off"
+    return method.tags.off or default
 
 
 def stir(layer: nn.Module, seed: int = 0) -> nn.Module:
@@ -143,6 +151,37 @@ def gradients(
 
 def _or_zeros(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach().clone()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers, and the parameters of modules in them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from tensors_in(inner)
+
+
+def descends(value: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+    """Raise AssertionError unless some small step of ``leaves`` against the gradient lowers ``value``."""
+    before = value()
+    grads = torch.autograd.grad(before, leaves, allow_unused=True)
+    moved = [(leaf, g) for leaf, g in zip(leaves, grads) if g is not None]
+    assert moved, "no gradient reaches anything"
+    norm = torch.stack([g.square().sum() for _, g in moved]).sum().sqrt().clamp_min(1e-12)
+    tried, done = [], 0.0
+    with torch.no_grad():
+        for step in (1e-1, 1e-2, 1e-3):
+            for leaf, g in moved:
+                leaf -= (step - done) * g / norm
+            done = step
+            tried.append(value().item())
+    assert min(tried) < before.item(), f"{before.item():.6g} before, {tried} after steps of 0.1, 0.01, 0.001"
 
 
 def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:

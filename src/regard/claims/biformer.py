@@ -28,11 +28,17 @@ SHARPNESS = 6.0
 def partners(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """24 asking regions and the answering region of each, at least three rows or columns away."""
     at = torch.cartesian_prod(torch.arange(REGIONS), torch.arange(REGIONS))
+    far = (at[:, None] - at).abs().amax(-1) >= 3
     while True:
         order = torch.randperm(REGIONS**2, generator=generator)
-        asking, answering = order[:24], order[24:48]
-        if ((at[asking] - at[answering]).abs().amax(1) >= 3).all():
-            return asking, answering
+        asking, free, answering = order[:24], order[24:48].tolist(), []
+        for region in asking:
+            answering.append(next((other for other in free if far[region, other]), None))
+            if answering[-1] is None:
+                break
+            free.remove(answering[-1])
+        else:
+            return asking, torch.tensor(answering)
 
 
 def world(maps: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,7 +71,7 @@ class Encoder(nn.Module):
         return query_angle(self.q.weight, self.k.weight, self.norm(self.embed)).mean().item()
 
 
-def train(arm: str, seed: int, steps: int, train: Tensor, test: Tensor) -> tuple[float, float]:
+def train(arm: str, seed: int, steps: int, seen: Tensor, unseen: Tensor) -> tuple[float, float]:
     """Accuracy over the positions of the test sequences, in per cent, and the angle at the end."""
     torch.manual_seed(seed)
     model = Encoder(*ARMS[arm])
@@ -79,7 +79,7 @@ def train(arm: str, seed: int, steps: int, train: Tensor, test: Tensor) -> tuple
     rate = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
     order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        counts = train[torch.randint(len(train), (256,), generator=order)]
+        counts = seen[torch.randint(len(seen), (256,), generator=order)]
         label = counts.argmax(1, keepdim=True).expand(-1, CLASSES)
         losses = F.cross_entropy(model(counts).transpose(1, 2), label, reduction="none")
         optimiser.zero_grad()
@@ -87,8 +87,8 @@ def train(arm: str, seed: int, steps: int, train: Tensor, test: Tensor) -> tuple
         optimiser.step()
         rate.step()
     with torch.no_grad():
-        hits = model(test).argmax(-1) == test.argmax(1, keepdim=True)
-    return 100 * ((hits * test).sum() / test.sum()).item(), model.angle()
+        hits = model(unseen).argmax(-1) == unseen.argmax(1, keepdim=True)
+    return 100 * ((hits * unseen).sum() / unseen.sum()).item(), model.angle()
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.core.slices import as_met, exact, heads_of, rows_of, tolerance
+from regard.core.slices import as_met, exact, heads_of, rows_of, taken, tolerance
 from regard.core.step import Step
 from regard.core.tokens import Rows, Tokens, pick
 from regard.ops import attend as ops
@@ -81,8 +81,6 @@ class Call:
         self.out_grad: Tensor | None = None
         self._verified = False
 
-    # -- what the host did ------------------------------------------------------------------------------------------
-
     def allowed(self, index: Tensor | None = None) -> Tensor | None:
         """Boolean mask (b|1, h|1, rows, s) of query rows ``index``, or None when everything is allowed."""
         causal = None
@@ -104,13 +102,14 @@ class Call:
     def raw_scores(self, index: Tensor | None = None, heads: Any = None) -> Tensor:
         """Scores (b, heads, rows, s) with scale, soft-cap and bias, without the boolean mask."""
         if self.host_scores is not None:
-            return exact(heads_of(self.host_scores if index is None else self.host_scores[..., index, :], heads))
-        q, k = self.q if index is None else self.q[:, :, index], self.k
-        if self.stages is not None:
-            scores = heads_of(self.stages[0](exact(q), exact(k)), heads)
-        else:
-            k = as_met(k, heads, q.shape[1])
-            scores = ops.scores(exact(heads_of(q, heads)), exact(k), scale=self.scale)
+            return exact(as_met(taken(self.host_scores, index), heads, self.q.shape[1]))
+        q, k = taken(self.q, index), self.k
+        with torch.autocast(q.device.type, enabled=False):
+            if self.stages is not None:
+                scores = heads_of(self.stages[0](exact(q), exact(k)), heads)
+            else:
+                q, k = (as_met(x, heads, self.q.shape[1]) for x in (q, k))
+                scores = ops.scores(exact(q), exact(k), scale=self.scale)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         added = self.added(index)
@@ -161,7 +160,7 @@ class Call:
 
     def _weights(self, index: Tensor | None, heads: Any = None) -> Tensor:
         if self.final_weights is not None:
-            weights = exact(heads_of(rows_of(self.final_weights, index), heads))
+            weights = exact(as_met(taken(self.final_weights, index), heads, self.q.shape[1]))
         elif self.stages is not None:
             weights = heads_of(self.normalize(self.raw_scores(index), self.allowed(index)), heads)
         else:
@@ -186,8 +185,9 @@ class Call:
                 "its gradient needs a call without dropout"
             )
         index = self._asked(rows, heads)
-        grad = heads_of(rows_of(self.out_grad, index), heads)
-        return ops.scores(exact(grad), exact(as_met(self.v, heads, self.q.shape[1])), scale=1.0)
+        grad, v = (as_met(x, heads, self.q.shape[1]) for x in (taken(self.out_grad, index), self.v))
+        with torch.autocast(grad.device.type, enabled=False):
+            return ops.scores(exact(grad), exact(v), scale=1.0)
 
     def received(self) -> Tensor:
         """(b, h, s): how much weight each key receives from all queries together."""
@@ -202,7 +202,8 @@ class Call:
         if any(x is not None for x in special) or self.causal:
             return torch.cat(list(self._by_rows(lambda weights: weights @ roles)), -2)
         self.verify()
-        return summaries.mass(self.q, self.k, roles, mask=self.allowed(), bias=self.added(), scale=self.scale)
+        with torch.autocast(self.q.device.type, enabled=False):
+            return summaries.mass(self.q, self.k, roles, mask=self.allowed(), bias=self.added(), scale=self.scale)
 
     def role_mass(self) -> dict[str, Tensor]:
         """(b, h, l) for every role of the site's key tokens."""
@@ -232,15 +233,14 @@ class Call:
         chunk = max(1, min(l // 128, (1 << 22) // max(1, self.q.shape[0] * self.q.shape[1] * s)))
 
         def part(index: Tensor) -> Tensor:
-            return function(self._weights(index))
+            with torch.autocast(self.q.device.type, enabled=False):
+                return function(self._weights(index))
 
         for index in torch.arange(l, device=self.q.device).split(chunk):
             if torch.is_grad_enabled() and self.q.requires_grad:
                 yield checkpoint(part, index, use_reentrant=False, preserve_rng_state=False)
             else:
                 yield part(index)
-
-    # -- verified or refused ----------------------------------------------------------------------------------------
 
     def error(self, rows: int = 8) -> float:
         """Largest difference between recomputed and recorded output over a few query rows, relative to its size."""

@@ -189,7 +189,7 @@ class Edit:
                 inside = self._inside(call, factors.device)
                 scale_keys(call, factors if inside is None else torch.where(inside, factors, 1.0))
             case "mask":
-                allow = self.change(call)
+                allow = _fitting(self.change(call), "mask", call)
                 inside = self._inside(call, allow.device)
                 allow = allow if inside is None else allow | ~inside
                 if call.mask is None or call.mask.dtype == torch.bool:
@@ -197,7 +197,7 @@ class Edit:
                 else:
                     call.mask = call.mask.masked_fill(~allow, float("-inf"))
             case "bias":
-                added = self.change(call)
+                added = _fitting(self.change(call), "bias", call)
                 added = added[(None,) * (4 - added.ndim)] * self.strength
                 inside = self._inside(call, added.device)
                 added = added if inside is None else added * inside
@@ -260,6 +260,14 @@ def _pairs(allow: Callable[..., Tensor] | Tensor) -> Callable[[Call], Tensor]:
             raise ValueError(f"mask must be boolean, True where a query may look; got {allow.dtype}")
         return lambda call: allow.to(call.q.device)
     return lambda call: allow(*index_grid(call))
+
+
+def _fitting(pairs: Tensor, name: str, call: Call) -> Tensor:
+    full = (*call.q.shape[:3], call.k.shape[2])
+    sizes = zip(reversed(pairs.shape), reversed(full), strict=False)
+    if pairs.ndim > 4 or any(n not in (1, size) for n, size in sizes):
+        raise ValueError(f"{call.site}: the {name} {tuple(pairs.shape)} does not fit scores of {tuple(full)}")
+    return pairs
 
 
 def _same(new: Tensor, old: Tensor, name: str, call: Call) -> Tensor:

@@ -50,6 +50,8 @@ class Host:
     """One library: how its sites are met, what their tokens mean, how a layer is put in. The defaults know nothing."""
 
     name = "torch"
+    around: tuple[type[nn.Module], ...] = ()
+    """Modules that must know that they are watched when a site inside them is, though they are no sites."""
 
     def enter(self) -> None:
         """Called when the first watch that meets this library begins; :meth:`leave` when the last one ends."""

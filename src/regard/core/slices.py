@@ -1,4 +1,4 @@
-"""Rows and heads of what broadcasts to (b, h, l, s), in single precision or better."""
+"""Rows and heads of a call's tensors, and of what broadcasts to (b, h, l, s), in single precision or better."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 5e-2)
 
 
+def taken(x: Tensor, index: Tensor | None) -> Tensor:
+    """Rows ``index`` of (b, h, l, ...); None: all."""
+    return x if index is None else x[:, :, index]
+
+
 def rows_of(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., index, :]
 
@@ -30,7 +35,7 @@ def heads_of(x: Tensor, heads: Any) -> Tensor:
 
 
 def as_met(x: Tensor, heads: Any, num_heads: int) -> Tensor:
-    """Keys or values (b, g, s, d) as the query heads ``heads`` meet them; None: as stored."""
+    """What is (b, g, n, d), g key heads or all, as the query heads ``heads`` meet it; None: as stored."""
     if heads is None:
         return x
     return x[:, pick(torch.arange(num_heads, device=x.device), heads) // (num_heads // x.shape[1])]

@@ -69,7 +69,12 @@ class Watch:
                 host.enter()
         modules = dict(self.model.named_modules(remove_duplicate=False))
         done: set[int] = set()
-        for name in wanted:
+        around = [
+            n
+            for n, m in modules.items()
+            if any(isinstance(m, h.around) for h in self.hosts) and any(w.startswith(f"{n}.".lstrip(".")) for w in wanted)
+        ]
+        for name in [*around, *wanted]:
             module = modules[name]
             if id(module) in done or isinstance(module, _PLAIN) or "forward" not in dir(type(module)):
                 continue

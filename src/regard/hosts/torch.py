@@ -38,6 +38,8 @@ class Torch(Host):
     """torch and torchvision: shapes say what a site is; a vision transformer has its class token first."""
 
     name = "torch"
+    # With padding and without gradients it would hand its layers nested tensors, which only their fast path takes.
+    around = (nn.TransformerEncoder,)
 
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         layout = _part(model, name) or _layout(model, sample.shape)

@@ -1,0 +1,109 @@
+"""Stored results of claims, and the scoreboard made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pages.docstring import code
+from regard.catalog.papers import Paper, papers
+from regard.claims.reproduce import claims, stored
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def rows(result: dict[str, Any]) -> str:
+    """The figures of one claim as a table."""
+    lines = ["| metric | ours | baseline | bar | |", "| --- | --: | --: | --: | --- |"]
+    for row in result["rows"]:
+        bar = "" if row["bar"] is None else f"{row['direction']} {row['bar']:g}"
+        state = {True: "met", False: "**not met**", None: "reported"}[row["passed"]]
+        cells = (code(row["metric"]), _number(row["ours"]), _number(row["baseline"]), bar, state)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def state(slug: str) -> str:
+    """Met, not met, or why there is no answer."""
+    result = stored(slug, RESULTS)
+    if result is None:
+        return "claim not run yet" if slug in claims() else "no claim yet"
+    return ("met" if result["passed"] else "not met") + (", of earlier code" if result["stale"] else "")
+
+
+def circumstances(result: dict[str, Any]) -> str:
+    stale = " The code has changed since: run it again." if result["stale"] else ""
+    return (
+        f"{result['seeds']} seed{'s' if result['seeds'] > 1 else ''}, {result['seconds']:.0f} s on {result['machine']}, "
+        f"torch {result['torch']}, commit {code(result['commit'])}, {result['date']}.{stale}"
+    )
+
+
+def claim(slug: str) -> str:
+    """What a method's page says of its claim."""
+    run = f"```console\n$ regard reproduce {slug}\n```"
+    result = stored(slug, RESULTS)
+    if result is None:
+        return f"Claim not run yet.\n\n{run}" if slug in claims() else "Claim not run yet: it has not been written."
+    verdict = "Met." if result["passed"] else "**Not met.**"
+    return f"{verdict} {circumstances(result)}\n\n{rows(result)}\n\n{run}"
+
+
+def scoreboard() -> str:
+    """Every claim with what came out, those that are not met included."""
+    built = {paper.slug: paper for paper in papers(built=True)}
+    results = {slug: stored(slug, RESULTS) for slug in claims()}
+    run = {slug: result for slug, result in results.items() if result}
+    met = sum(result["passed"] for result in run.values())
+    lines = [
+        "# Scoreboard",
+        "",
+        "The central claim of each paper, run again at small scale against the same network without the paper's idea. The bar "
+        "is set before the figure is seen; a claim that is not met is shown as not met.",
+        "",
+        f"**{len(built)}** papers built, **{len(results)}** with a claim, **{len(run)}** run, **{met}** met.",
+        "",
+        "```console\n$ regard reproduce --all\n```",
+        "",
+        "| paper | claim | seeds | time | figures |",
+        "| --- | --- | --: | --: | --- |",
+        *(_line(built[slug], result) for slug, result in results.items() if slug in built),
+    ]
+    for slug, result in run.items():
+        lines += ["", f"## {slug}", "", f"{state(slug).capitalize()}. {circumstances(result)}", "", rows(result)]
+    return "\n".join(lines)
+
+
+def _line(paper: Paper, result: dict[str, Any] | None) -> str:
+    link = f"[{paper.slug}](methods/{paper.slug}.md)"
+    if result is None:
+        return f"| {link} | claim not run yet | | | |"
+    passed = sum(row["passed"] is True for row in result["rows"])
+    barred = sum(row["passed"] is not None for row in result["rows"])
+    figures = f"[{passed} of {barred} bars met](#{paper.slug})"
+    return f"| {link} | {state(paper.slug)} | {result['seeds']} | {result['seconds']:.0f} s | {figures} |"
+
+
+def measurements(slug: str) -> str:
+    """Times beside peers from ``results/bench``; empty when there are none."""
+    import csv
+
+    lines = []
+    for file in sorted((RESULTS / "bench").glob("*.csv")):
+        with file.open() as text:
+            for row in csv.DictReader(text):
+                if row["subject"] == slug:
+                    cells = (row["shape"], row["mode"], row["peer"], row["milliseconds"], row["peer_milliseconds"])
+                    ratio = f"{float(row['ratio']):.2f}"
+                    lines.append("| " + " | ".join((*cells, ratio, f"{row['device']}, torch {row['torch']}")) + " |")
+    if not lines:
+        return ""
+    head = "| shape | mode | peer | ms | peer's ms | peer / ours | machine |\n| --- | --- | --- | --: | --: | --: | --- |"
+    return "\n".join([head, *lines])
+
+

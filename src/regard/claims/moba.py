@@ -1,0 +1,89 @@
+"""Block attention recalls what lies far back, where a window of as many keys cannot, and turns into full attention.
+
+Set-up: 256 tokens; 16 pairs of a key and a value, all different, then 224 queries, each one of the keys, whose value is to be
+named. Two pre-norm layers of width 64 with 2 heads, a causal convolution over 2 tokens before the first, learned positions;
+1,000 steps of Adam at 2e-3 with fresh batches of 16. Compared, trained alike: blocks of 16 keys of which a query reads three
+(48 keys), a window of 48 keys, full attention.
+
+Bar, with three seeds: block attention is right on 95 % of the queries and at least 30 points above the window. Switched to
+full attention after training its loss changes by less than 0.05 nats, and 50 more steps bring it to within 0.01 nats of the
+network that had full attention from the start, or below.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.claims.claim import Budget, Row, mean_row
+from regard.layers.sparse.moba import MoBA
+from regard.ops import masks
+from regard.ops.attend import attend
+
+SEEDS = 3
+TOKENS, PAIRS, SYMBOLS, DIM = 256, 16, 64, 64
+
+
+class Window(MoBA):
+    """The same layer over the latest 48 keys."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        latest = masks.dense(masks.window(self.topk * self.block_size - 1, 0), 1, 1, q.shape[2], k.shape[2])
+        return attend(q, k, v, mask=latest)
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(DIM), attention
+        self.mlp = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(x)
+
+
+class Recall(nn.Module):
+    def __init__(self, form: type[MoBA], full: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(2 * SYMBOLS, DIM)
+        self.positions = nn.Parameter(0.1 * torch.randn(TOKENS, DIM))
+        self.pairs = nn.Conv1d(DIM, DIM, 2, padding=1)
+        self.blocks = nn.Sequential(*(Block(form(DIM, 2, block_size=16, topk=3, full=full)) for _ in range(2)))
+        self.head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, SYMBOLS))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions
+        x = x + self.pairs(x.transpose(1, 2))[..., :-1].transpose(1, 2)
+        return self.head(self.blocks(x))[:, 2 * PAIRS :]
+
+    def set_full(self, full: bool) -> None:
+        for block in self.blocks:
+            block.attention.set_full(full)  # type: ignore[union-attr, operator]
+
+
+def sequences(count: int, world: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens (keys below, values from SYMBOLS on), and the values asked for."""
+    keys, values = (torch.rand(count, SYMBOLS, generator=world).argsort(-1)[:, :PAIRS] for _ in range(2))
+    asked = torch.randint(PAIRS, (count, TOKENS - 2 * PAIRS), generator=world)
+    pairs = torch.stack((keys, values + SYMBOLS), -1).flatten(1)
+    return torch.cat((pairs, keys.gather(1, asked)), 1), values.gather(1, asked)
+
+
+def fit(model: nn.Module, steps: int, rate: float, world: torch.Generator) -> None:
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+    for _ in range(steps):
+        tokens, wanted = sequences(16, world)
+        optimiser.zero_grad()
+        F.cross_entropy(model(tokens).flatten(0, 1), wanted.flatten()).backward()
+        optimiser.step()
+
+
+@torch.no_grad()
+def measure(model: nn.Module, seed: int) -> tuple[float, float]:
+    """Accuracy and loss on new sequences."""
+    tokens, wanted = sequences(128, torch.Generator().manual_seed(1000 + seed))
+    logits = model(tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    return (logits.argmax(-1) == wanted).double().mean().item(), loss.item()
