@@ -100,7 +100,7 @@ def body(text: str) -> str:
             item = block[0].startswith("- ")
             joined = " ".join(block).removeprefix("- ") if item else " ".join(block)
             out.append(f"- {inline(joined)}" if item else inline(joined))
-    # A list needs a line of its own before it.
+        # A list needs a line of its own before it.
         i += 1
     return re.sub(r"(?m)^(?!- )(.+)\n(?=- )", r"\1\n\n", "\n".join(out)).strip()
 

@@ -12,6 +12,7 @@ from typing import Any
 from pages import results
 from pages.docstring import body, code, example, first_sentence, inline, items, sections
 from pages.picture import influence
+
 from regard.catalog.cite import bibtex
 from regard.catalog.papers import Paper, get, neighbours
 from regard.catalog.registry import FOLDERS, ROOT, Method, methods
@@ -98,7 +99,9 @@ def page(paper: Paper, group: list[Method]) -> str:
     if measured := results.measurements(paper.slug):
         lines += ["## Measured", "", measured, ""]
     lines += ["## Claim", "", _setup(paper.slug), "", results.claim(paper.slug), ""]
-    reference = next((s["Reference"] for m in group if "Reference" in (s := sections(described(m).__doc__))), paper.title)
+    reference = next(
+        (s["Reference"] for m in group if "Reference" in (s := sections(described(m).__doc__))), paper.title
+    )
     lines += ["## Reference", "", inline(" ".join(reference.split())), "", f"```bibtex\n{bibtex(paper)}\n```", ""]
     lines += ["## Code", "", *(f"- [{name}](../{path})" for name, path in code_of(paper.slug).items()), ""]
     near = [f"[{p.slug}]({p.slug}.md)" if p.built else code(p.slug) for p in neighbours(paper.slug)]
@@ -121,13 +124,25 @@ def code_of(slug: str) -> dict[str, str]:
 
 
 def index(papers: dict[str, list[Method]]) -> str:
-    lines = ["# Methods", "", f"{len(papers)} papers are built; the [catalogue](../catalogue.md) has the others too.", ""]
+    lines = [
+        "# Methods",
+        "",
+        f"{len(papers)} papers are built; the [catalogue](../catalogue.md) has the others too.",
+        "",
+    ]
     for kind in FOLDERS:
         these = {slug: group for slug, group in papers.items() if group[0].kind == kind}
         if these:
-            lines += [f"## {PLURAL.get(kind, kind + 's').capitalize()}", "", "| name | | claim |", "| --- | --- | --- |"]
+            lines += [
+                f"## {PLURAL.get(kind, kind + 's').capitalize()}",
+                "",
+                "| name | | claim |",
+                "| --- | --- | --- |",
+            ]
             for slug, group in these.items():
-                lines.append(f"| [{slug}]({slug}.md) | {first_sentence(described(group[0]).__doc__)} | {results.state(slug)} |")
+                lines.append(
+                    f"| [{slug}]({slug}.md) | {first_sentence(described(group[0]).__doc__)} | {results.state(slug)} |"
+                )
             lines.append("")
     return "\n".join(lines)
 

@@ -7,9 +7,10 @@ import inspect
 import pkgutil
 from typing import Any
 
-import regard
 from pages.docstring import SECTIONS, body, code, first_sentence, inline, items, sections
 from pages.method import signature
+
+import regard
 
 OBJECTS = (
     "regard.catalog.papers:Papers",
@@ -82,7 +83,12 @@ def _entry(name: str, value: Any) -> list[str]:
 
 
 def verbs() -> str:
-    lines = ["# Verbs", "", "Everything that `import regard as rg` gives. Each loads what it needs when it is first used.", ""]
+    lines = [
+        "# Verbs",
+        "",
+        "Everything that `import regard as rg` gives. Each loads what it needs when it is first used.",
+        "",
+    ]
     for name in regard.__all__:
         if name != "__version__":
             lines += _entry(name, getattr(regard, name))
@@ -99,16 +105,32 @@ def objects() -> str:
 
 def blocks() -> str:
     """Public functions and classes of ``regard.ops`` and ``regard.nn``, one line each."""
-    lines = ["# Blocks", "", "What methods are made of. Axes are (b, h, l, d) for queries and (b, g, s, d) for keys.", ""]
+    lines = [
+        "# Blocks",
+        "",
+        "What methods are made of. Axes are (b, h, l, d) for queries and (b, g, s, d) for keys.",
+        "",
+    ]
     for package in ("regard.nn", "regard.ops"):
         for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
             if info.ispkg:
                 continue
             module = importlib.import_module(info.name)
-            own = [v for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", "") == info.name]
+            own = [
+                v
+                for n, v in vars(module).items()
+                if not n.startswith("_") and getattr(v, "__module__", "") == info.name
+            ]
             rows = [v for v in own if inspect.isfunction(v) or inspect.isclass(v)]
             if rows:
-                lines += [f"## {info.name}", "", inline(" ".join((module.__doc__ or "").split())), "", "| | |", "| --- | --- |"]
+                lines += [
+                    f"## {info.name}",
+                    "",
+                    inline(" ".join((module.__doc__ or "").split())),
+                    "",
+                    "| | |",
+                    "| --- | --- |",
+                ]
                 lines += [f"| {code(v.__name__)} | {first_sentence(v.__doc__)} |" for v in rows] + [""]
     return "\n".join(lines)
 

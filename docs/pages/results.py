@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pages.docstring import code
+
 from regard.catalog.papers import Paper, papers
 from regard.claims.reproduce import claims, stored
 
@@ -103,7 +104,7 @@ def measurements(slug: str) -> str:
                     lines.append("| " + " | ".join((*cells, ratio, f"{row['device']}, torch {row['torch']}")) + " |")
     if not lines:
         return ""
-    head = "| shape | mode | peer | ms | peer's ms | peer / ours | machine |\n| --- | --- | --- | --: | --: | --: | --- |"
+    head = (
+        "| shape | mode | peer | ms | peer's ms | peer / ours | machine |\n| --- | --- | --- | --: | --: | --: | --- |"
+    )
     return "\n".join([head, *lines])
-
-

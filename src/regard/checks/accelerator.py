@@ -97,7 +97,11 @@ def check_works_with_grouped_heads(method: Method) -> None:
 def check_works_with_left_padding(method: Method) -> None:
     """In a batch of unequal prompts, the shorter padded on the left, each writes what it writes alone."""
     model, inputs = as_double(hosted(tiny_vlm))
-    short = {**_prompt(inputs, 0), "input_ids": inputs["input_ids"][:1, :-3], "attention_mask": inputs["attention_mask"][:1, 3:]}
+    short = {
+        **_prompt(inputs, 0),
+        "input_ids": inputs["input_ids"][:1, :-3],
+        "attention_mask": inputs["attention_mask"][:1, 3:],
+    }
     padded, long = _prompt(short, 0, padding=3), _prompt(inputs, 1)
     with _at_work(method, model):
         together = _written(model, {name: torch.cat([padded[name], long[name]]) for name in long})
@@ -152,7 +156,9 @@ def check_composes_with_a_capture(method: Method) -> None:
     with _at_work(method, model), capture(model, DECODER) as cap:
         same(_logits(model, inputs), alone, "logits with a capture inside", 0.0)
     for name, call in cap.items():
-        assert call.error() <= tolerance(call.q.dtype), f"{name}: weights times values miss its output by {call.error():.1e}"
+        assert call.error() <= tolerance(call.q.dtype), (
+            f"{name}: weights times values miss its output by {call.error():.1e}"
+        )
     with capture(model, DECODER) as cap:
         handle = _at_work(method, model)
         same(_logits(model, inputs), alone, "logits with a capture around", 0.0)

@@ -99,5 +99,12 @@ def run(budget: Budget, seeds: int) -> list[Row]:
     return [
         mean_row("regions answered by routing, %", routed, 95.0, ">=", baseline=everything, note="full attention"),
         mean_row("regions answered by shifted windows, %", windowed, 40.0, "<="),
-        Row("keys of a query under routing", 2 * n / REGIONS**2, 98, "<=", baseline=98, note="windows, plain and shifted"),
+        Row(
+            "keys of a query under routing",
+            2 * n / REGIONS**2,
+            98,
+            "<=",
+            baseline=98,
+            note="windows, plain and shifted",
+        ),
     ]

@@ -85,8 +85,30 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         with_it.append(b)
     mean = {name: sum(values) / seeds for name, values in found.items()}
     return [
-        mean_row("accuracy of the focused map, %", found["focused"], mean["linear"], ">", baseline=mean["linear"], note="linear"),
-        mean_row("accuracy with the convolution, %", found["whole"], mean["focused"], ">", baseline=mean["focused"], note="focused"),
-        mean_row("accuracy of both, %", found["whole"], mean["linear"] + 2, ">=", baseline=mean["linear"], note="linear"),
-        Row("rank with the convolution", sum(with_it) / seeds, baseline=sum(without) / seeds, values=tuple(with_it), note="without it"),
+        mean_row(
+            "accuracy of the focused map, %",
+            found["focused"],
+            mean["linear"],
+            ">",
+            baseline=mean["linear"],
+            note="linear",
+        ),
+        mean_row(
+            "accuracy with the convolution, %",
+            found["whole"],
+            mean["focused"],
+            ">",
+            baseline=mean["focused"],
+            note="focused",
+        ),
+        mean_row(
+            "accuracy of both, %", found["whole"], mean["linear"] + 2, ">=", baseline=mean["linear"], note="linear"
+        ),
+        Row(
+            "rank with the convolution",
+            sum(with_it) / seeds,
+            baseline=sum(without) / seeds,
+            values=tuple(with_it),
+            note="without it",
+        ),
     ]

@@ -103,7 +103,12 @@ def photographs() -> Tensor:
     """Grey 12x12 pieces of two photographs at a quarter of their size, each with mean 0 and deviation 1."""
     from sklearn.datasets import load_sample_images
 
-    images = torch.stack([torch.from_numpy(x.copy()) for x in load_sample_images().images]).permute(0, 3, 1, 2).double().mean(1)
+    images = (
+        torch.stack([torch.from_numpy(x.copy()) for x in load_sample_images().images])
+        .permute(0, 3, 1, 2)
+        .double()
+        .mean(1)
+    )
     small = F.avg_pool2d(images[:, None], 4)
     pieces = F.unfold(small, SIDE, stride=SIDE).transpose(1, 2).reshape(-1, SIDE, SIDE).float()
     deviation, mean = torch.std_mean(pieces, (1, 2), keepdim=True)
@@ -124,7 +129,9 @@ def contrast(model: SlotNetwork, images: Tensor, *, mean: bool) -> float:
     found: list[float] = []
 
     def keep(layer: HiLoAttention, args: tuple[Tensor], options: dict, out: Tensor) -> None:
-        hi, lo = out.unflatten(1, options["grid"]).split([layer.hi_heads * layer.head_dim, layer.lo_heads * layer.head_dim], -1)
+        hi, lo = out.unflatten(1, options["grid"]).split(
+            [layer.hi_heads * layer.head_dim, layer.lo_heads * layer.head_dim], -1
+        )
         found.append(high_share(hi, mean=mean) / high_share(lo, mean=mean))
 
     handles = [m.register_forward_hook(keep, with_kwargs=True) for m in model.modules() if isinstance(m, HiLoAttention)]
@@ -171,7 +178,9 @@ def speed(side: int, rounds: int, dim: int = 384, batch: int = 16) -> list[float
     ours, windows = HiLoAttention(dim, heads, alpha=0.9), HiLoAttention(dim, heads, 7, alpha=0.0)
     plain, reduced = Attention(dim, heads, bias=False), Reduced(dim, heads, side)
     grid = (side, side)
-    return seconds([lambda: ours(x, grid=grid), lambda: plain(x), lambda: windows(x, grid=grid), lambda: reduced(x)], rounds)
+    return seconds(
+        [lambda: ours(x, grid=grid), lambda: plain(x), lambda: windows(x, grid=grid), lambda: reduced(x)], rounds
+    )
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:

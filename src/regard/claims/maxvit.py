@@ -33,7 +33,9 @@ def stamps() -> Tensor:
     axis = torch.arange(11) - 5
     a, b = axis[:, None].abs().expand(11, 11), axis.abs().expand(11, 11)
     r = (a**2 + b**2).double().sqrt()
-    return torch.stack([torch.maximum(a, b) <= 3, torch.minimum(a, b) <= 1, (a - b).abs() <= 1, (r <= 5.2) & (r >= 3)]).float()
+    return torch.stack(
+        [torch.maximum(a, b) <= 3, torch.minimum(a, b) <= 1, (a - b).abs() <= 1, (r <= 5.2) & (r >= 3)]
+    ).float()
 
 
 def pairs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

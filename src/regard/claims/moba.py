@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.sparse.moba import MoBA
 from regard.ops import masks
 from regard.ops.attend import attend

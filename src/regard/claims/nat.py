@@ -79,10 +79,17 @@ def run(budget: Budget, seeds: int) -> list[Row]:
     less = [b - a for a, b in zip(found["neighbourhood"], found["windows"])]
     mean = {name: sum(values) / seeds for name, values in found.items()}
     at_rest = {name: sum(values) / seeds for name, values in still.items()}
-    ratio = sum(p.numel() for p in network(windows=False).parameters()) / sum(p.numel() for p in network(windows=True).parameters())
+    ratio = sum(p.numel() for p in network(windows=False).parameters()) / sum(
+        p.numel() for p in network(windows=True).parameters()
+    )
     return [
         mean_row("points lost by moving, fewer than with windows", less, 2.0, ">="),
-        Row("points lost by moving", mean["neighbourhood"], baseline=mean["windows"], values=tuple(found["neighbourhood"])),
+        Row(
+            "points lost by moving",
+            mean["neighbourhood"],
+            baseline=mean["windows"],
+            values=tuple(found["neighbourhood"]),
+        ),
         Row("accuracy on the grid, %", at_rest["neighbourhood"], baseline=at_rest["windows"]),
         Row("parameters over those with windows", ratio, 1.0, "=="),
     ]

@@ -72,7 +72,8 @@ class Watch:
         around = [
             n
             for n, m in modules.items()
-            if any(isinstance(m, h.around) for h in self.hosts) and any(w.startswith(f"{n}.".lstrip(".")) for w in wanted)
+            if any(isinstance(m, h.around) for h in self.hosts)
+            and any(w.startswith(f"{n}.".lstrip(".")) for w in wanted)
         ]
         for name in [*around, *wanted]:
             module = modules[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,10 @@ class Timm(Host):
         module = model.get_submodule(name)
         qkv, proj, heads = (getattr(module, n, None) for n in ("qkv", "proj", "num_heads"))
         if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or heads is None:
+            return None
+        # Biases kept apart, tokens that are channels, rotations and sizes handed in: a layer of tokens cannot take these.
+        called_with = set(inspect.signature(module.forward).parameters) - {"x", "attn_mask", "mask", "is_causal"}
+        if called_with or hasattr(module, "q_bias") or type(module).__name__ in CHANNEL:
             return None
         if qkv.out_features != 3 * qkv.in_features or proj.in_features != qkv.in_features:
             return None
@@ -80,13 +86,25 @@ class _Slot(nn.Module):
         super().__init__()
         self.layer, self.grid = layer, grid
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
         if is_causal:
             raise ValueError("is_causal=True reached a layer that was put in as a bidirectional one")
-        if attn_mask is not None and attn_mask.dtype != torch.bool:
-            attn_mask = attn_mask > torch.finfo(attn_mask.dtype).min / 2
+        if mask is not None:  # Swin's, one a window; the windows of an image follow each other.
+            attn_mask = mask.repeat(len(x) // len(mask), 1, 1)[:, None]
         given = {} if self.grid is None else {"grid": self.grid}
-        return self.layer(x, **given) if attn_mask is None else self.layer(x, mask=attn_mask, **given)
+        return self.layer(x, **given) if attn_mask is None else self.layer(x, mask=_allowed(attn_mask), **given)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """A mask that is added, 0 or -100 and below, as a boolean one."""
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not (allowed | (mask <= -100)).all():
+        raise ValueError("a position bias reached a layer that takes boolean masks only")
+    return allowed
 
 
 def _split(linear: nn.Linear, parts: int) -> list[Projection]:
