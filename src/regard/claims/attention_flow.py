@@ -1,14 +1,14 @@
 """Rollout and flow agree with blanking tokens out; raw attention of deep layers does not.
 
-Set-up: strings of fourteen tokens behind a class token: a marker and the subject after it, two other nouns, and fillers.
-The number of the marked noun is the label. Six layers of four heads and 64 channels before normalisation, 900 steps of Adam on
-fresh strings of 64; a tenth of the fillers is the unknown word, so that it is nothing new later. On 200 strings the importance of
-a token is how far the probability of the true class moves when the unknown word stands in its place. Relevance is the class row of:
-the attention of one layer (mean over heads), its rollout, its flow. Agreement is Spearman's rank correlation over the
-fourteen tokens, averaged over strings.
+Set-up: strings of fourteen tokens behind a class token: a marker and the subject after it, two other nouns, and
+fillers. The number of the marked noun is the label. Six layers of four heads and 64 channels before normalisation,
+900 steps of Adam on fresh strings of 64; a tenth of the fillers is the unknown word, so that it is nothing new later.
+On 200 strings the importance of a token is how far the probability of the true class moves when the unknown word
+stands in its place. Relevance is the class row of: the attention of one layer (mean over heads), its rollout, its
+flow. Agreement is Spearman's rank correlation over the fourteen tokens, averaged over strings.
 
-Bar, with three seeds: at the last layer rollout and flow each exceed raw attention by at least 0.15; from the first layer to the
-last the correlation of rollout does not fall, and that of raw attention does.
+Bar, with three seeds: at the last layer rollout and flow each exceed raw attention by at least 0.15; from the first
+layer to the last the correlation of rollout does not fall, and that of raw attention does.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Focusing sharpens linear attention, and a small convolution of the values gives it back what its rank takes away.
 
-Set-up: 28x28 handwritten digits, 4,000 to train on and 1,000 to test on, moved at random by up to 4 pixels and with noise; one
-network of two blocks of width 32 with two heads on 14x14 tokens, 8 epochs. Compared, with the same projections: linear
-attention (power 1, the convolution held at zero), focused (power 3, held at zero), focused with the convolution.
+Set-up: 28x28 handwritten digits, 4,000 to train on and 1,000 to test on, moved at random by up to 4 pixels and with
+noise; one network of two blocks of width 32 with two heads on 14x14 tokens, 8 epochs. Compared, with the same
+projections: linear attention (power 1, the convolution held at zero), focused (power 3, held at zero), focused with
+the convolution.
 
-Bar, with three seeds: accuracy rises from each to the next, and by at least 2 points from the first to the last. The number of
-singular values above a thousandth of the largest, of the trained 196 x 196 matrix of one channel, averaged over heads and ten digits, is
-reported with and without the convolution.
+Bar, with three seeds: accuracy rises from each to the next, and by at least 2 points from the first to the last. The
+number of singular values above a thousandth of the largest, of the trained 196 x 196 matrix of one channel, averaged
+over heads and ten digits, is reported with and without the convolution.
 """
 
 from __future__ import annotations

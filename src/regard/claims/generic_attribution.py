@@ -1,16 +1,16 @@
 """Gradient-weighted relevance finds the object better than rollout does.
 
-Set-up: a vision transformer of six layers, four heads and 64 channels on 8 x 8 patches of 32x32 images: one shape out of six on
-textured clutter with stray strokes (see :mod:`regard.claims.cbam`). 3,200 to train on, 20 epochs of Adam with one cycle. On 500 test
-images the map of the predicted class is brought to image size and cut at its mean; intersection over union of object and of
-background, each summed over the set, averaged. Compared: rollout from the second layer on, the class row of the last
-layer's attention.
+Set-up: a vision transformer of six layers, four heads and 64 channels on 8 x 8 patches of 32x32 images: one shape out
+of six on textured clutter with stray strokes (see :mod:`regard.claims.cbam`). 3,200 to train on, 20 epochs of Adam
+with one cycle. On 500 test images the map of the predicted class is brought to image size and cut at its mean;
+intersection over union of object and of background, each summed over the set, averaged. Compared: rollout from the
+second layer on, the class row of the last layer's attention.
 
 Bar, with three seeds: the mean intersection over union is above that of rollout. Reported besides: raw attention.
 
-Not run yet: that it lies within 0.02 of transformer attribution, which needs that method; masks from the queries of a small
-detector against raw cross-attention (+ 0.05); removing image tokens of a small question answerer (area under the curve at least
-3 points below raw attention).
+Not run yet: that it lies within 0.02 of transformer attribution, which needs that method; masks from the queries of a
+small detector against raw cross-attention (+ 0.05); removing image tokens of a small question answerer (area under
+the curve at least 3 points below raw attention).
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Windows see detail, grids see far; a block of both compares what lies far apart and needs neither to be larger.
 
-Set-up: 64x64 images with noise and two of four small shapes in opposite corners, to be told alike or different. A stem and one level of
-two blocks of width 32 on 16x16 tokens, windows and grids of 4x4 tokens. Compared: a block and a grid in each block of the network (MaxViT),
-two blocks, two grids, with the same number of parameters. The channel gates of the convolutions, which see the whole
-map, are held open in all three, so that only attention can carry what is compared. 3,000 images to train on, 1,000
-to test on, 12 epochs.
+Set-up: 64x64 images with noise and two of four small shapes in opposite corners, to be told alike or different. A
+stem and one level of two blocks of width 32 on 16x16 tokens, windows and grids of 4x4 tokens. Compared: a block and a
+grid in each block of the network (MaxViT), two blocks, two grids, with the same number of parameters. The channel
+gates of the convolutions, which see the whole map, are held open in all three, so that only attention can carry what
+is compared. 3,000 images to train on, 1,000 to test on, 12 epochs.
 
-Bar, with three seeds: both together are at least 5 points above blocks alone and at most half a point below grids alone.
+Bar, with three seeds: both together are at least 5 points above blocks alone and at most half a point below grids
+alone.
 """
 
 from __future__ import annotations

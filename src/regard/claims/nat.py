@@ -1,12 +1,13 @@
 """A neighbourhood that slides with its query minds a shifted image less than fixed windows do.
 
-Set-up: 48x48 images with noise and one of six shapes, about 14 pixels wide, in a random colour, to be told apart. In training
-its centre lies on a coarse grid, 8 pixels apart; it is tested there and moved by 1 to 6 pixels along both axes. A small NAT
-(widths 24 and 48, two blocks each at 12x12 and 6x6 tokens, kernels of 3) and the same network with attention in windows of
-3, shifted by 1 in every second block, as in Swin: the same stem, MLPs, biases and number of parameters. 1,500 images to
-train on, 15 epochs; 600 to test on at every shift.
+Set-up: 48x48 images with noise and one of six shapes, about 14 pixels wide, in a random colour, to be told apart. In
+training its centre lies on a coarse grid, 8 pixels apart; it is tested there and moved by 1 to 6 pixels along both
+axes. A small NAT (widths 24 and 48, two blocks each at 12x12 and 6x6 tokens, kernels of 3) and the same network with
+attention in windows of 3, shifted by 1 in every second block, as in Swin: the same stem, MLPs, biases and number of
+parameters. 1,500 images to train on, 15 epochs; 600 to test on at every shift.
 
-Bar, with three seeds: the accuracy lost by moving, averaged over the shifts, is at least 2 points smaller for the neighbourhood.
+Bar, with three seeds: the accuracy lost by moving, averaged over the shifts, is at least 2 points smaller for the
+neighbourhood.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """NormGrad points at objects from early layers, where Grad-CAM does not.
 
 Set-up: images of 32x64 pixels, a shape out of six in either half on textured clutter with stray strokes (see
-:mod:`regard.claims.cbam`); which classes are present is the label. A residual network of four blocks (16, 32, 64 and 64 channels), 2,400
-images, 14 epochs of Adam with one cycle. On 150 test images every class present has its map, brought to image size.
-Pointing: its largest value lies less than 2 pixels from an object of that class, the share over maps of each class,
-averaged over classes. Masks: the pixels that hold the upper half of the map's sum, intersection over union with the object.
+:mod:`regard.claims.cbam`); which classes are present is the label. A residual network of four blocks (16, 32, 64 and
+64 channels), 2,400 images, 14 epochs of Adam with one cycle. On 150 test images every class present has its map,
+brought to image size. Pointing: its largest value lies less than 2 pixels from an object of that class, the share
+over maps of each class, averaged over classes. Masks: the pixels that hold the upper half of the map's sum,
+intersection over union with the object.
 
-Bar, with three seeds: (1) at the second block pointing is at least 10 points above Grad-CAM, at the last no more than 5 points
-below; (2) the product over four blocks has an intersection over union at least 0.02 above that of the best single block; (3) a step on the
-class first (meta-saliency, rate 1e-4 as in the paper) lowers the correlation between the maps of the most and of the least
-likely class by at least 0.05.
+Bar, with three seeds: (1) at the second block pointing is at least 10 points above Grad-CAM, at the last no more than
+5 points below; (2) the product over four blocks has an intersection over union at least 0.02 above that of the best
+single block; (3) a step on the class first (meta-saliency, rate 1e-4 as in the paper) lowers the correlation between
+the maps of the most and of the least likely class by at least 0.05.
 """
 
 from __future__ import annotations
