@@ -232,6 +232,14 @@ class WrongGradient(Attention):
         return weights.detach() + 0.5 * (weights - weights.detach())
 
 
+class IgnoresItsAttention(Attention):
+    """Attends, and returns something else."""
+
+    def forward(self, x: Tensor, context: Any = None, **options: Any) -> Tensor:
+        attended = super().forward(x, context, **options)
+        return self.out(x) + 0.0 * attended.detach()
+
+
 class BreaksTheGraph(Attention):
     def forward(self, x: Tensor, context: Any = None, **options: Any) -> Tensor:
         return super().forward(x if x.sum().item() > 1e9 else 1.0 * x, context, **options)

@@ -89,6 +89,8 @@ BROKEN: list[tuple[Any, Tags, str, str]] = [
     (broken.IgnoresContext, EVERYTHING, "context_is_read", "context gets no gradient"),
     (foreign.AnyRank, Tags(), "wrong_input_is_refused", "x without a batch axis"),
     (foreign.AnyRank, Tags(), "nothing_is_ignored", "mask was given and ignored"),
+    (broken.IgnoresItsAttention, EVERYTHING, "sites_verified", "does not depend on it"),
+    (broken.DeadParameter, EVERYTHING, "swap_trains", "no gradient reaches"),
     (broken.BreaksTheGraph, EVERYTHING, "compiled", "data-dependent"),
 ]
 

@@ -12,6 +12,8 @@ alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +71,8 @@ class Open(nn.Module):
 def network(arm: str) -> MaxViT:
     model = MaxViT((32,), 16, 4, depths=(2,), stem=16, drop_path=0.0, num_classes=2)
     first, second = ARMS[arm]
-    for block in model.stages[0].blocks:
+    stage: Any = model.stages[0]
+    for block in stage.blocks:
         block.conv.se = Open()
         block.attn_block = first(32, 2, 4, approximate="tanh")
         block.attn_grid = second(32, 2, 4, approximate="tanh")

@@ -16,6 +16,7 @@ the maps of the most and of the least likely class by at least 0.05.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from regard.claims.cbam import resnet, shapes
 from regard.claims.claim import Budget, Row, mean_row
-from regard.core.explain import explain
+from regard.core.explain import Target, explain
 from regard.core.features import Features
 from regard.core.maps import Map
 from regard.explainers.normgrad import NormGrad, PointingGame, class_sensitivity, meta_saliency, saliency
@@ -142,10 +143,10 @@ def _sensitivity(model: nn.Module, images: Tensor) -> tuple[float, float]:
     with torch.no_grad():
         logits = model(images)
 
-    def plain(target: Tensor) -> Map:
+    def plain(target: Target) -> Map:
         return explain(model, images, method, target=target)
 
-    def stepped(target: Tensor) -> Map:
+    def stepped(target: Any) -> Map:
         return meta_saliency(method, model, images, target)
 
     values = [class_sensitivity(make, logits).nanmean().item() for make in (plain, stepped)]

@@ -88,9 +88,12 @@ class AutoEncoder(nn.Module):
         self.place, self.decoder_place = Place(DIM), Place(DIM)
         self.tokens = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
         self.decoder = nn.Sequential(
-            nn.Conv2d(DIM, 48, 1), nn.ReLU(),
-            nn.Conv2d(48, 48, 1), nn.ReLU(),
-            nn.ConvTranspose2d(48, 24, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(DIM, 48, 1),
+            nn.ReLU(),
+            nn.Conv2d(48, 48, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(48, 24, 4, 2, 1),
+            nn.ReLU(),
             nn.ConvTranspose2d(24, 4, 4, 2, 1),
         )
 

@@ -81,7 +81,7 @@ class LocalBlend:
 @method(
     "prompt-to-prompt",
     kind="controller",
-    tags=Tags(),
+    tags=Tags(off={"cross": 0.0, "self_attention": 0.0}),
     example={"prompts": ["a red circle", "a blue circle"], "edit": Replace(), "num_steps": 4},
 )
 class PromptToPrompt:
@@ -106,7 +106,8 @@ class PromptToPrompt:
     Shape: the host's batch is (len(prompts), ...), twice that when guided; keys of cross-attention are the 77 text tokens.
 
     Raises:
-        ValueError: fewer than two prompts, a word that is not there, prompts that do not fit the edit, shares outside [0, 1].
+        ValueError: fewer than two prompts, a word that is not there, prompts that do not fit the edit, shares outside [0, 1],
+            a host of joint attention.
 
     Cost: cross-attention sites with a taken-over map hold their matrix, heads x N x 77; self-attention stays fused.
 
@@ -166,6 +167,10 @@ class PromptToPrompt:
         if index >= self.num_steps:
             raise ValueError(
                 f"step {index} of a loop that was said to have {self.num_steps}: num_steps must be the loop's own"
+            )
+        if site.kind == "joint":
+            raise ValueError(
+                f"{site.name} attends to text and image in one sequence; prompt-to-prompt edits cross-attention"
             )
         if site.kind == "cross" and bool(self.schedule[index].any()):
             yield Edit.weights(lambda weights, call: self._cross(weights, index))

@@ -75,7 +75,7 @@ class Call:
         self.tokens_q: Tokens | None = None
         self.tokens_k: Tokens | None = None
         self.unscaled: Tensor | None = None
-        self.graded = False
+        self.graded = self.unsure = False
         self.q_start = 0
         self.versions: tuple[int, ...] = ()
         self.out_grad: Tensor | None = None

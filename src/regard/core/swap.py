@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +42,13 @@ class Plan:
     prefix: int = 0
 
 
-@dataclass(eq=False)
+@dataclass
 class Swap:
     """Layers in the place of a host's; ``undo`` puts the very modules back. ``carried[name]`` lists the weights taken over."""
 
     model: nn.Module
     replaced: dict[str, nn.Module] = field(default_factory=dict)
     layers: dict[str, nn.Module] = field(default_factory=dict)
-    put_in: dict[str, nn.Module] = field(default_factory=dict)
     carried: dict[str, list[str]] = field(default_factory=dict)
 
     def put(self, name: str, module: nn.Module) -> None:
@@ -61,16 +59,9 @@ class Swap:
 
     def undo(self) -> None:
         """Put back what stood there; a second call does nothing."""
-        if self in (swaps := _SWAPS.get(self.model, [])):
-            swaps.remove(self)
         while self.replaced:
             name, module = self.replaced.popitem()
-            mine = self.put_in.pop(name)
-            later = next((s for s in swaps if s.replaced.get(name) is mine), None)
-            if later is None:
-                self.put(name, module)
-            else:  # A later swap stands on this one; it will put back what stood there before both.
-                later.replaced[name] = module
+            self.put(name, module)
 
     def __enter__(self) -> Self:
         return self
@@ -79,9 +70,6 @@ class Swap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
-
-
-_SWAPS: WeakKeyDictionary[nn.Module, list[Swap]] = WeakKeyDictionary()
 
 
 def carry(layer: nn.Module, plan: Projections) -> list[str]:
@@ -150,9 +138,8 @@ def swap(model: nn.Module, where: str | Sequence[str], layer: str | Callable[...
         plan = host_of(module).plan(model, name)
         if plan is None:
             raise ValueError(
-                f"{name} ({type(module).__name__}) cannot be replaced: its projections to q, k and v, or what it is called with, cannot "
-                "be read; "
-                "edit it instead, or replace the module that holds it"
+                f"{name} ({type(module).__name__}) cannot be replaced: its projections to q, k and v, or what it is called "
+                "with, cannot be read; edit it instead, or replace the module that holds it"
             )
         if needs_grid and (plan.grid is None or plan.prefix):
             what = f"{plan.prefix} class or register tokens" if plan.prefix else "no grid"
@@ -164,9 +151,8 @@ def swap(model: nn.Module, where: str | Sequence[str], layer: str | Callable[...
         made.to(device=source.device, dtype=source.dtype).train(module.training)
         ready.append((name, plan.wrap(made)))
     for name, module in ready:
-        handle.replaced[name], handle.put_in[name] = model.get_submodule(name), module
+        handle.replaced[name] = model.get_submodule(name)
         handle.put(name, module)
-    _SWAPS.setdefault(model, []).append(handle)
     return handle
 
 

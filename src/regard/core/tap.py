@@ -162,7 +162,13 @@ class Tap(TorchFunctionMode):
         for e in edits:
             if e.quantity not in EAGER:
                 e.before(call)
-        out = run_eager(call, edits) if any(e.quantity in EAGER for e in edits) else native(call)
+        if any(e.quantity in EAGER for e in edits):
+            if call.unsure:  # The matrix takes the place of the host's own computation only where that is the same.
+                call.mixed = native(call)
+                call.verify()
+            out = run_eager(call, edits)
+        else:
+            out = native(call)
         return self.finish(call, out, edits, seam)
 
     def finish(self, call: Call, out: Tensor, edits: list[Edit], seam: str) -> Tensor:

@@ -48,8 +48,7 @@ class Diffusers(Host):
 
     def kind(self, model: nn.Module, name: str, call: Call) -> str | None:
         """A block that runs over both streams already put together has one input, and is joint all the same."""
-        roles = {s.role for s in call.tokens_q.segments} if call.tokens_q else set()
-        return "joint" if {"text", "image"} <= roles else None
+        return "joint" if name.startswith("single_") and call.q.shape[2] == call.k.shape[2] else None
 
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         l, s = call.q.shape[2], call.k.shape[2]

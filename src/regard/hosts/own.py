@@ -1,4 +1,4 @@
-"""This library's own layers: the stage ``attend`` of :class:`regard.nn.Attention` is the seam."""
+"""This library's own layers: ``seam`` of :class:`regard.nn.Attention` is where they are met."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from regard.core.tap import taps_of
 from regard.nn import Attention
 from regard.ops.attend import causal_mask, merge_masks
 
-_PLAIN_ATTEND = Attention.attend
+_PLAIN_SEAM = Attention.seam
 
 
-def _watched_attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _watched_seam(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     tap = taps_of(self)
     if tap is None or tap.quiet:
-        return _PLAIN_ATTEND(self, q, k, v, mask)
+        return self.attend(q, k, v, mask)
     call = Call(q, k, v, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
     if self.causal:
         call.q_start = k.shape[2] - q.shape[2]
         call.mask = merge_masks(mask, causal_mask(q.shape[2], k.shape[2], q.device))
     if not self.fused:
         call.stages = (self.scores, self.normalize)
+    call.unsure = type(self).attend is not Attention.attend
     given = call.mask
 
     def native(c: Call) -> Tensor:
@@ -30,7 +31,7 @@ def _watched_attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
             raise ValueError(f"{c.site}: a layer of this library takes no bias; edit its scores")
         tap.quiet = True
         try:
-            return _PLAIN_ATTEND(self, c.q, c.k, c.v, mask if c.mask is given else c.mask)
+            return self.attend(c.q, c.k, c.v, mask if c.mask is given else c.mask)
         finally:
             tap.quiet = False
 
@@ -43,10 +44,10 @@ class Own(Host):
     name = "regard"
 
     def enter(self) -> None:
-        Attention.attend = _watched_attend  # type: ignore[method-assign]
+        Attention.seam = _watched_seam  # type: ignore[method-assign]
 
     def leave(self) -> None:
-        Attention.attend = _PLAIN_ATTEND  # type: ignore[method-assign]
+        Attention.seam = _PLAIN_SEAM  # type: ignore[method-assign]
 
 
 HOSTS["regard"] = Own()

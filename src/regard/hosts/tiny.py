@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,13 @@ def tiny_resnet() -> Hosted:
     from timm.models.resnet import BasicBlock, ResNet
 
     with _seeded():
-        model = ResNet(BasicBlock, [1, 1, 1, 1], channels=(8, 8, 16, 16), stem_width=8, num_classes=5)
+        model = ResNet(
+            BasicBlock,  # type: ignore[arg-type]
+            (1, 1, 1, 1),
+            channels=(8, 8, 16, 16),
+            stem_width=8,
+            num_classes=5,
+        )
         return model.eval(), {"x": torch.randn(2, 3, 48, 64)}
 
 
@@ -62,9 +69,9 @@ def tiny_vit_transformers() -> Hosted:
         intermediate_size=48,
         image_size=(24, 32),
         patch_size=8,
-        num_labels=5,
         initializer_range=0.3,
     )
+    config.num_labels = 5
     with _seeded():
         model = ViTForImageClassification(config)
         return model.eval(), {"pixel_values": torch.randn(2, 3, 24, 32)}
@@ -116,7 +123,8 @@ def tiny_vlm(num_kv_heads: int = 2) -> Hosted:
     vision = CLIPVisionConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8
     )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE_ID, vision_feature_layer=-1)
+    config = LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
+    config.image_token_id = IMAGE_ID
     with _seeded():
         model = LlavaForConditionalGeneration(config)
         ids = torch.randint(3, 90, (2, 25))
@@ -130,7 +138,7 @@ def tiny_unet() -> Hosted:
     from diffusers import UNet2DConditionModel
 
     with _seeded():
-        model = UNet2DConditionModel(
+        model: Any = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
             out_channels=4,
@@ -151,7 +159,7 @@ def tiny_joint() -> Hosted:
     from diffusers import FluxTransformer2DModel
 
     with _seeded():
-        model = FluxTransformer2DModel(
+        model: Any = FluxTransformer2DModel(
             patch_size=1,
             in_channels=4,
             num_layers=1,

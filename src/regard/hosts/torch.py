@@ -48,7 +48,7 @@ class Torch(Host):
 
 
 def _layout(model: nn.Module, sample: tuple[int, ...]) -> Tokens | None:
-    patch = getattr(model, "patch_size", None)
+    patch = vars(model).get("patch_size")
     if not isinstance(patch, int) or not hasattr(model, "class_token") or len(sample) != 4:
         return None
     return Tokens((Segment("cls", (1,)), Segment("image", (sample[-2] // patch, sample[-1] // patch))))

@@ -98,7 +98,8 @@ def find(name: str) -> registry.Method:
     try:
         method = registry.get(own)
     except ValueError:
-        known = sorted({*BASELINES, *(slug for slug, (_, kind) in registry.modules().items() if kind == "layer")})
+        layers = {slug for slug, faces in registry.modules().items() if faces[0].startswith("regard.layers.")}
+        known = sorted({*BASELINES, *layers})
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
         raise ValueError(f"layer {name!r} is not known; nearest: {', '.join(near or known)}") from None
     if method.kind != "layer":

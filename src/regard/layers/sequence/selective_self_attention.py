@@ -229,7 +229,7 @@ class SelectiveSelfAttention(Attention):
         q, k, v = self.project(x, x if context is None else context, positions=positions)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.merge(self.attend(q, k, v, expand_mask(mask)))
+        return self.merge(self.seam(q, k, v, expand_mask(mask)))
 
 
 @method(
