@@ -23,7 +23,7 @@ tests: $(VENV)/.dev
 	$(BIN)/pytest -n $(WORKERS)
 
 docs: $(VENV)/.dev
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

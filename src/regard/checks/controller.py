@@ -160,6 +160,7 @@ def check_gradients_under_checkpointing(method: Method) -> None:
 def check_joint_attention(method: Method) -> None:
     """On a host of joint attention it works, or is refused with a ValueError and leaves nothing behind."""
     model, inputs = as_double(hosted(tiny_joint))
+    sites(model, run=lambda: model(**inputs))
     plain, before = _sampled(model, inputs), traces(model)
     try:
         with apply(model, _made(method)):
