@@ -18,10 +18,10 @@ MASK = torch.rand(L, L, generator=torch.Generator().manual_seed(1)) < 0.6
 MASK[:, 0] = True
 
 EDITS = {
-    "q": rg.Edit.q(lambda q, call: q.flip(2)),
+    "q": rg.Edit.q(lambda q, call: q.sin() + 1),
     "k": rg.Edit.k(lambda k, call: 2 * k),
     "v": rg.Edit.v(lambda v, call: v.sin()),
-    "kv": rg.Edit.kv(lambda k, v, call: (k.roll(1, 2), v.roll(1, 2))),
+    "kv": rg.Edit.kv(lambda k, v, call: (k.roll(1, 2), 2 * v)),
     "share": rg.Edit.share({0: 1}),
     "scale_keys": rg.Edit.scale_keys([1, 2], 3.0),
     "scale_keys, renormalised": rg.Edit.scale_keys([1, 2], 3.0, renormalize=True),
@@ -114,7 +114,7 @@ def check(host: str) -> None:
             model(x)
         with rg.capture(model) as cap:
             compiled(x)
-        assert list(cap) == list(eager_cap) == [n for n in eager_cap]
+        assert list(cap) == list(eager_cap)
         for name, call in cap.items():
             close(call.weights(), eager_cap[name].weights(), f"{host}, captured {name}")
             close(call.received(), eager_cap[name].received(), f"{host}, received {name}")
@@ -136,7 +136,8 @@ def check(host: str) -> None:
         with rg.edit(model, EDITS["v"], steps=slice(0, 1)):
             compiled(x)
     except Exception as error:
-        assert "a compiled graph does not" in str(error), error
+        if "a compiled graph does not" not in str(error):
+            raise
     else:
         raise AssertionError(f"{host}: steps= in compiled code was not refused")
     torch.compiler.reset()

@@ -59,7 +59,6 @@ class Watch:
         self.index = -1
         self.sample = Sample()
         self.active = True
-        self.seen: set[str] = set()
         wanted = names(self.model, where)
         self._check_conflicts(wanted)
         self.taps: list[Tap] = []
@@ -137,7 +136,6 @@ class Watch:
 
     def saw(self, tap: Tap, call: Call, out: Tensor, seam: str) -> Tensor:
         """A call has run; a capture keeps it. Returns the output that the host goes on with."""
-        self.seen.add(tap.name)
         return out
 
     def refused(self, tap: Tap, reason: str) -> None:
@@ -158,14 +156,15 @@ class Watch:
         self.taps.append(tap)
 
     def _next(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or in_backward():
+        if not torch.compiler.is_compiling():
+            _GUARDS.counting(self, args, kwargs)
+
+    def _count(self, args: Any, kwargs: Any) -> None:
+        if in_backward():
             return
         if self.branch() in (None, "cond"):
             self.index += 1
         self.sample.see(args, kwargs, first=self.index == 0)
-
-    # The count is kept in Python: a compiler that meets this hook must leave it alone.
-    _next._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def undo(self) -> None:
         """Take everything away again; a second call does nothing."""
@@ -230,9 +229,10 @@ class _Guards(threading.local):
 
     def __init__(self) -> None:
         self.watches = 0
+        self.counting: Callable[..., None] = Watch._count
         self.mode: TorchFunctionMode | None = None
         self.frames = 0
-        self.ended = 0
+        self.reset_at = 0
 
     def begin(self) -> None:
         self.watches += 1
@@ -243,10 +243,10 @@ class _Guards(threading.local):
         compiled = _compiled_frames() != self.frames
         bare = self.mode is None
         self._renew()
-        self.ended += compiled
         # Graphs of ended watches never run again, but they count towards the recompile limit.
-        if compiled and (bare or self.ended % 6 == 0):
+        if compiled and (bare or _compiled_frames() - self.reset_at >= 6):
             torch.compiler.reset()
+            self.reset_at = _compiled_frames()
 
     def _renew(self) -> None:
         if self.mode is not None:
@@ -254,6 +254,9 @@ class _Guards(threading.local):
             self.mode = None
         self.frames = _compiled_frames()
         if self.watches and self.frames:
+            # Counted in Python: where the hook is part of a compiled graph it does nothing, and it is never one of its own.
+            sys.modules["torch._dynamo.eval_frame"].skip_code(Watch._next.__code__)
+            self.counting = torch.compiler.disable(Watch._count)
             self.mode = type("Watched", (TorchFunctionMode,), {"__torch_function__": _pass})()
             self.mode.__enter__()
 

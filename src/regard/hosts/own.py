@@ -6,9 +6,10 @@ from torch import Tensor
 
 from regard.core.call import Call
 from regard.core.host import HOSTS, Host
+from regard.core.lower import run_eager
 from regard.core.tap import taps_of
 from regard.nn import Attention
-from regard.ops.attend import causal_mask, merge_masks
+from regard.ops.attend import attend, causal_mask, merge_masks
 
 _PLAIN_SEAM = Attention.seam
 
@@ -28,7 +29,13 @@ def _watched_seam(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 
     def native(c: Call) -> Tensor:
         if c.bias is not None:
-            raise ValueError(f"{c.site}: a layer of this library takes no bias; edit its scores")
+            if c.unsure:
+                raise ValueError(
+                    f"{c.site}: {type(self).__name__} has its own form of attention, to which no bias can be added"
+                )
+            if self.fused:
+                return attend(c.q, c.k, c.v, mask=c.mask, bias=c.bias, scale=c.scale, dropout=c.dropout)
+            return run_eager(c, [])
         tap.quiet = True
         try:
             return self.attend(c.q, c.k, c.v, mask if c.mask is given else c.mask)
