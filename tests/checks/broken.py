@@ -240,6 +240,24 @@ class IgnoresItsAttention(Attention):
         return self.out(x) + 0.0 * attended.detach()
 
 
+class MergesHalves(Attention):
+    """Two softmaxes over half the keys each, added up: neither has the weights of the whole."""
+
+    def forward(self, x: Tensor, context: Any = None, **options: Any) -> Tensor:
+        q, k, v = self.project(x, x)
+        return self.merge(
+            sum(nn.functional.scaled_dot_product_attention(q, k[:, :, i::2], v[:, :, i::2]) for i in (0, 1))
+        )
+
+
+class BackwardGradient(Attention):
+    """Learns in the wrong direction."""
+
+    def merge(self, out: Tensor) -> Tensor:
+        y = super().merge(out)
+        return 2 * y.detach() - y
+
+
 class BreaksTheGraph(Attention):
     def forward(self, x: Tensor, context: Any = None, **options: Any) -> Tensor:
         return super().forward(x if x.sum().item() > 1e9 else 1.0 * x, context, **options)

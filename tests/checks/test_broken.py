@@ -90,7 +90,11 @@ BROKEN: list[tuple[Any, Tags, str, str]] = [
     (foreign.AnyRank, Tags(), "wrong_input_is_refused", "x without a batch axis"),
     (foreign.AnyRank, Tags(), "nothing_is_ignored", "mask was given and ignored"),
     (broken.IgnoresItsAttention, EVERYTHING, "sites_verified", "does not depend on it"),
+    (broken.MergesHalves, BARE, "sites_verified", "verified by calls with queries [(2, 4, 9), (2, 4, 9)]"),
+    (broken.CountsCalls, BARE, "sites_verified", "after it was read"),
     (broken.DeadParameter, EVERYTHING, "swap_trains", "no gradient reaches"),
+    (broken.BackwardGradient, EVERYTHING, "swap_trains", "after steps of"),
+    (foreign.GuessesSides, GRID, "swap_trains", "RuntimeError"),
     (broken.BreaksTheGraph, EVERYTHING, "compiled", "data-dependent"),
 ]
 

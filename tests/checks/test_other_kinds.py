@@ -135,6 +135,16 @@ class Ramp(Looks):
         return row * torch.arange(13.0)
 
 
+class OneGrid(Looks):
+    def change(self, row: Tensor) -> Tensor:
+        return row[:, 1:].unflatten(1, (3, 4))
+
+
+class FirstItem(Looks):
+    def change(self, row: Tensor) -> Tensor:
+        return row[:1].expand_as(row)
+
+
 class AlwaysTheCentre(Looks):
     def change(self, row: Tensor) -> Tensor:
         return 1.0 * (torch.arange(13) == 6)[None]
@@ -221,6 +231,13 @@ BROKEN: list[tuple[Any, Any, str, str]] = [
     ("explainer", Centred, "map_is_not_negative", "lowest value is -"),
     ("explainer", AlwaysTheCentre, "map_depends_on_the_parameters", "same map"),
     ("explainer", Ramp, "uniform_weights_give_a_uniform_map", "varies by"),
+    (
+        "explainer",
+        OneGrid,
+        "map_on_other_hosts",
+        "torch's transformer encoder: map of shape (2, 3, 4), expected (2, 2, 6)",
+    ),
+    ("explainer", FirstItem, "map_on_other_hosts", "two images, one map"),
     ("explainer", LeavesHooks, "explainer_leaves_nothing_behind", "head: hooks"),
     ("explainer", LeavesHooksOnFailure, "explainer_leaves_nothing_behind", "a model that failed"),
     ("explainer", LeavesGradients, "explainer_leaves_nothing_behind", "head.bias: gradient"),

@@ -20,7 +20,7 @@ from regard.core.capture import capture
 from regard.core.slices import tolerance
 from regard.hosts.tiny import IMAGE_ID, as_double, tiny_vlm
 
-DECODER = "*language_model*"
+DECODER = "model.language_model.layers.*.self_attn"
 NEW = 4
 
 
@@ -163,4 +163,6 @@ def check_composes_with_a_capture(method: Method) -> None:
         handle = _at_work(method, model)
         same(_logits(model, inputs), alone, "logits with a capture around", 0.0)
         handle.undo()
-    same(_logits(model, inputs), plain, "logits after both were undone", 0.0)
+        count = len(cap.sequence())
+        same(_logits(model, inputs), plain, "logits after undo, with the capture still around", 0.0)
+        assert len(cap.sequence()) > count, "its undo took away the capture around it"

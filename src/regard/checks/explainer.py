@@ -1,4 +1,6 @@
-"""What every explainer must hold, on a tiny vision transformer of our own.
+"""What every explainer must hold: on a tiny vision transformer of our own, and on models of two other families.
+
+An explainer that needs ``"features"`` has an argument ``layers``, names of modules, or finds them by itself.
 
 ``explainer.claims`` names what it promises beyond the contract: ``"non-negative"``; ``"uniform"``, that uniform weights
 give a uniform map.
@@ -12,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalog.registry import Method
-from regard.checks.contract import Skip, contract
-from regard.checks.samples import finite, random, stir
+from regard.checks.contract import Skip, contract, hosted
+from regard.checks.samples import arguments, finite, random, stir
+from regard.checks.traces import survives_failure, traces, unchanged
 from regard.core.explain import explain
 from regard.core.tokens import tokens
+from regard.hosts.tiny import Hosted, tiny_encoder, tiny_resnet, tiny_vit_transformers
 from regard.nn.attention import Attention
 
 GRID = (3, 4)
@@ -34,11 +38,6 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class _Fails(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        raise KeyError("half way")
 
 
 class TinyViT(nn.Module):
@@ -79,20 +78,6 @@ def _map(method: Method, model: nn.Module) -> Tensor:
 def _claimed(method: Method, claim: str) -> None:
     if claim not in getattr(method.target, "claims", ()):
         raise Skip(f"does not claim to be {claim}")
-
-
-def _traces(model: nn.Module) -> dict[str, Any]:
-    """What a visitor could leave behind: hooks, own attributes, gradients, the mode, parameters."""
-    found: dict[str, Any] = {}
-    for name, m in model.named_modules():
-        found[f"{name}: hooks"] = sum(len(v) for k, v in vars(m).items() if k.endswith("_hooks"))
-        found[f"{name}: attributes"] = sorted(vars(m))
-        found[f"{name}: training"] = m.training
-    for name, p in model.named_parameters():
-        found[f"{name}: gradient"] = p.grad is not None
-        found[f"{name}: requires_grad"] = p.requires_grad
-        found[f"{name}: sum"] = p.detach().double().sum().item()
-    return found
 
 
 @contract("explainer")
@@ -139,21 +124,49 @@ def check_uniform_weights_give_a_uniform_map(method: Method) -> None:
 def check_explainer_leaves_nothing_behind(method: Method) -> None:
     """After a map, and after a model that fails half way, the model is what it was."""
     model = _model()
-    before = _traces(model)
+    before = traces(model)
     _map(method, model)
-    _unchanged(before, _traces(model), "a map")
-
-    model.blocks[1].mlp = _Fails()
-    before = _traces(model)
-    try:
-        _map(method, model)
-    except KeyError:
-        pass
-    else:
-        raise AssertionError("the model raised, and the explainer swallowed it")
-    _unchanged(before, _traces(model), "a model that failed")
+    unchanged(before, traces(model), "a map")
+    survives_failure(model, "blocks.1.mlp", lambda: _map(method, model))
 
 
-def _unchanged(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    assert not changed, f"after {when}, changed: {changed}"
+class _CNN(nn.Module):
+    """Two convolutions and a mean over places, five classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.first(x)).mean((2, 3)))
+
+
+def _hosts(method: Method) -> dict[str, tuple[Hosted, dict[str, Any], tuple[int, int]]]:
+    """Models of other families than :class:`TinyViT`: name -> (model and inputs, arguments of the explainer, grid)."""
+    if "features" not in method.target.needs:  # type: ignore[attr-defined]
+        return {
+            "a ViT of transformers": (hosted(tiny_vit_transformers), {}, (3, 4)),
+            "torch's transformer encoder": (hosted(tiny_encoder), {}, (2, 6)),
+        }
+    torch.manual_seed(0)
+    own = _CNN().eval(), {"x": random((2, 3, 24, 32), torch.float32, seed=2)}
+    return {
+        "a plain CNN": (own, {"layers": ("last",)}, (6, 8)),
+        "a ResNet of timm": (hosted(tiny_resnet), {"layers": ("layer2",)}, (6, 8)),
+    }
+
+
+@contract("explainer")
+def check_map_on_other_hosts(method: Method) -> None:
+    """Models of two other families get finite maps on their own grids, one an item, and are left as they were."""
+    for name, ((model, inputs), wishes, grid) in _hosts(method).items():
+        torch.manual_seed(0)
+        before, explainer = traces(model), method.create(**arguments(method, **wishes))
+        values = explain(model, inputs, explainer, target=1).values
+        assert tuple(values.shape) == (2, *grid), f"{name}: map of shape {tuple(values.shape)}, expected {(2, *grid)}"
+        finite(values, f"map of {name}")
+        first, second = values.flatten(1)
+        assert not torch.allclose(first, second), f"{name}: two images, one map"
+        unchanged(before, traces(model), f"a map of {name}")

@@ -25,6 +25,7 @@ from regard.checks import (  # noqa: F401
     grids,
     house,
     layer,
+    model,
     objective,
     runtime,
     sites,
@@ -87,8 +88,9 @@ def _as_method(
     example: dict[str, Any] | None,
     tags: Tags | None,
     naive: Callable[..., Any] | None,
+    inputs: Callable[[int, int], dict[str, Any]] | None,
 ) -> Method:
-    given = {"kind": kind, "example": example, "tags": tags, "naive": naive}
+    given = {"kind": kind, "example": example, "tags": tags, "naive": naive, "inputs": inputs}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if isinstance(subject, str):
         subject = registry.get(subject)
@@ -101,7 +103,7 @@ def _as_method(
         known = arguments_of(subject) if kind == "layer" else frozenset()
         example = {name: value for name, value in {"dim": 32, "num_heads": 4}.items() if name in known}
     name = getattr(subject, "__name__", type(subject).__name__)
-    return Method(name, kind, name, subject, tags or Tags(), example, naive)
+    return Method(name, kind, name, subject, tags or Tags(), example, naive, inputs)
 
 
 def is_ours(method: Method) -> bool:
@@ -149,6 +151,7 @@ def check(
     example: dict[str, Any] | None = None,
     tags: Tags | None = None,
     naive: Callable[..., Any] | None = None,
+    inputs: Callable[[int, int], dict[str, Any]] | None = None,
     only: str | Iterable[str] | None = None,
 ) -> CheckReport:
     """Run every check that applies to a method, ours or anybody's, and say which others were left out and why.
@@ -160,6 +163,8 @@ def check(
             ``dim=32, num_heads=4`` as far as there are such arguments.
         tags: what it supports. What is not declared is not checked; the report says so.
         naive: ``naive(instance, x, ...)``, a slow reference for values and gradients.
+        inputs: of a model, ``inputs(batch, seed)`` gives the arguments of a small forward; not needed where that takes
+            ``image`` (b, 3, H, W), or ``x`` of the example's ``input_dim``.
         only: names of checks.
 
     Raises:
@@ -171,7 +176,7 @@ def check(
         >>> regard.check(Attention, tags=regard.Tags(causal=True, mask=True), only="padding_changes_nothing").ok
         True
     """
-    method = _as_method(subject, kind, example, tags, naive)
+    method = _as_method(subject, kind, example, tags, naive, inputs)
     wanted = [only] if isinstance(only, str) else list(CHECKS if only is None else only)
     for name in wanted:
         if name not in CHECKS:

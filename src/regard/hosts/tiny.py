@@ -78,12 +78,11 @@ def tiny_vit_transformers() -> Hosted:
 
 
 class EncoderClassifier(nn.Module):
-    """torch's own transformer encoder, two layers over a class token and 3 x 4 patches, five classes."""
-
-    patch_size = 8
+    """torch's own transformer encoder, two layers over a class token and twelve patches, five classes."""
 
     def __init__(self, dim: int = 32, num_heads: int = 4) -> None:
         super().__init__()
+        self.patch_size = 8
         self.patch = nn.Conv2d(3, dim, self.patch_size, self.patch_size)
         self.class_token = nn.Parameter(torch.randn(1, 1, dim))
         self.position = nn.Parameter(torch.randn(1, 13, dim))
@@ -98,10 +97,10 @@ class EncoderClassifier(nn.Module):
 
 
 def tiny_encoder() -> Hosted:
-    """:class:`EncoderClassifier`."""
+    """:class:`EncoderClassifier`, on images of 2 x 6 patches."""
     with _seeded():
         model = EncoderClassifier()
-        return model.eval(), {"x": torch.randn(2, 3, 24, 32)}
+        return model.eval(), {"x": torch.randn(2, 3, 16, 48)}
 
 
 def tiny_vlm(num_kv_heads: int = 2) -> Hosted:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.catalog.registry import method
+from regard.catalog.registry import Tags, method
 from regard.layers.vision.maxvit import BlockAttention, GridAttention, RelativeAttention
 from regard.models.backbones._pyramid import channels_first, channels_last, check_image, drop_rates
 from regard.nn.blocks import DropPath
@@ -236,25 +236,25 @@ def timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 _SMALL = {"dim": (16, 32), "head_dim": 8, "window_size": 2, "depths": (1, 1), "stem": 8, "num_classes": 10}
 
 
-@method("maxvit-tiny", kind="model", paper="maxvit", example=_SMALL)
+@method("maxvit-tiny", kind="model", paper="maxvit", tags=Tags(multiple=32), example=_SMALL)
 def maxvit_tiny(**options: Any) -> MaxViT:
     """MaxViT-T: 30.9 million parameters."""
     return MaxViT(**options)
 
 
-@method("maxvit-small", kind="model", paper="maxvit", example=_SMALL)
+@method("maxvit-small", kind="model", paper="maxvit", tags=Tags(multiple=32), example=_SMALL)
 def maxvit_small(**options: Any) -> MaxViT:
     """MaxViT-S: 68.9 million parameters."""
     return MaxViT(**{"dim": (96, 192, 384, 768), "drop_path": 0.3, **options})
 
 
-@method("maxvit-base", kind="model", paper="maxvit", example=_SMALL)
+@method("maxvit-base", kind="model", paper="maxvit", tags=Tags(multiple=32), example=_SMALL)
 def maxvit_base(**options: Any) -> MaxViT:
     """MaxViT-B: 119.5 million parameters."""
     return MaxViT(**{"dim": (96, 192, 384, 768), "depths": (2, 6, 14, 2), "drop_path": 0.4, **options})
 
 
-@method("maxvit-large", kind="model", paper="maxvit", example=_SMALL)
+@method("maxvit-large", kind="model", paper="maxvit", tags=Tags(multiple=32), example=_SMALL)
 def maxvit_large(**options: Any) -> MaxViT:
     """MaxViT-L: 211.8 million parameters."""
     sizes = {"dim": (128, 256, 512, 1024), "depths": (2, 6, 14, 2), "stem": 128, "drop_path": 0.6}
