@@ -1,9 +1,9 @@
 """CBAM lowers the error of a residual network, and its spatial map lies on the object.
 
 Set-up: 32x32 images of one shape out of six, in a random colour, size and place, on textured clutter that holds a few
-stray strokes; 2,400 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), fourteen
-epochs of Adam with one cycle; the gate stands on every residual branch before the addition. Compared: no gate, the
-channel gate alone, CBAM.
+stray strokes; 4,000 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), six epochs
+of SGD with momentum and one cycle of the rate; the gate, with a reduction of 4 as the network is narrow, stands on every
+residual branch before the addition. Compared: no gate, the channel gate alone, CBAM.
 
 Bar, with three seeds: the error of CBAM is at least one point below that of the plain network, and not above that of
 the channel gate alone. The spatial map (mean over the blocks, brought to image size) separates object from background
@@ -95,10 +95,10 @@ def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> None:
-    """Adam with one cycle of the rate."""
+    """SGD with momentum and one cycle of the rate."""
     steps = math.ceil(len(images) / 64)
-    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3, weight_decay=1e-4)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=epochs * steps)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=epochs * steps)
     model.train()
     for _ in range(epochs):
         for index in torch.randperm(len(images), generator=generator).split(64):
@@ -143,8 +143,12 @@ def spatial_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (2400, 2000, 14)
-    gates: dict[str, Gate] = {"plain": lambda dim: nn.Identity(), "channel": lambda dim: ChannelGate(dim), "cbam": CBAM}
+    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (4000, 2000, 6)
+    gates: dict[str, Gate] = {
+        "plain": lambda dim: nn.Identity(),
+        "channel": lambda dim: ChannelGate(dim, 4),
+        "cbam": lambda dim: CBAM(dim, 4),
+    }
     errors: dict[str, list[float]] = {name: [] for name in gates}
     areas = []
     for seed in range(seeds):
