@@ -2,5 +2,6 @@
 
 from regard.nn.attention import Attention, expand_mask
 from regard.nn.cache import KVCache
+from regard.nn.rotary import Rotary
 
-__all__ = ["Attention", "KVCache", "expand_mask"]
+__all__ = ["Attention", "KVCache", "Rotary", "expand_mask"]

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.nn.cache import KVCache
+from regard.nn.rotary import Rotary
 from regard.ops import attend as ops
 
 
@@ -49,9 +50,13 @@ class Attention(nn.Module):
 
     Shape: x (b, n, dim), context (b, s, context_dim) -> (b, n, dim). ``mask`` is boolean, True where a query may look: (b, s),
     (b, n, s) or (b, h, n, s). With a ``cache`` the keys and values of earlier calls come first.
+
+    A layer has no sense of place of its own. ``layer.rotary = Rotary(rates)`` turns queries and keys of self-attention after
+    their projection; ``takes_rotary`` is false where a paper's scores bring their positions along.
     """
 
     form = "softmax"
+    takes_rotary = True
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(context_dim, num_kv_heads * self.head_dim, bias=bias)
         self.v = nn.Linear(context_dim, num_kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(num_heads * self.head_dim, dim)
+        self.rotary: Rotary | None = None
 
     @property
     def fused(self) -> bool:
@@ -140,6 +146,8 @@ class Attention(nn.Module):
             raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
         start = 0 if cache is None else cache.length
         q, k, v = self.project(x, x if context is None else context, start)
+        if self.rotary is not None and context is None:
+            q, k = self.rotary(q, start), self.rotary(k, start)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.merge(self.seam(q, k, v, expand_mask(mask)))

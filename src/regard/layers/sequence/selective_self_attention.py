@@ -220,6 +220,8 @@ class SelectiveSelfAttention(Attention):
     ) -> Float[Tensor, "b n c"]:
         if positions is None:
             return super().forward(x, context, mask=mask, grid=grid, cache=cache)
+        if self.rotary is not None:
+            raise ValueError("positions cannot be given to a layer with rotary positions, which counts its own")
         if positions.shape != x.shape[:2]:
             raise ValueError(f"positions must be {tuple(x.shape[:2])}; got {tuple(positions.shape)}")
         if positions.numel() and positions.min() < 0:
