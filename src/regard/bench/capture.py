@@ -14,17 +14,35 @@ from regard.core.capture import capture
 from regard.core.site import sites
 
 
+SHAPES = (  # ViT-B, ViT-S and ViT-Ti on an image of 224 pixels in patches of 16, and a single token
+    (1, 197, 768, 12),
+    (1, 197, 384, 6),
+    (8, 197, 384, 6),
+    (1, 197, 192, 3),
+    (1, 1, 192, 3),
+)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class _Block(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.num_heads = num_heads
+        self.attn = _SelfAttention(dim, num_heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -37,7 +55,7 @@ def reading(*, rounds: int, budget: float) -> Iterator[Any]:
     """Forward of the model alone beside (a) the same while every site is captured, (b) the same after a capture has ended."""
     from regard.bench.run import Measured, device_name
 
-    for batch, tokens, dim, heads in ((8, 197, 192, 3), (1, 197, 192, 3), (1, 1, 192, 3)):
+    for batch, tokens, dim, heads in SHAPES:
         model, untouched = _vit(12, dim, heads), _vit(12, dim, heads)
         x = torch.randn(batch, tokens, dim, generator=torch.Generator().manual_seed(0))
         sites(model, x)

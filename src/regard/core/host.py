@@ -97,10 +97,10 @@ def host_of(module: nn.Module) -> Host:
     return HOSTS[library]
 
 
-def hosts_of(model: nn.Module) -> list[Host]:
-    """Every host that some module of ``model`` belongs to, the model's own first."""
+def hosts_of(modules: Iterable[nn.Module]) -> list[Host]:
+    """Every host that one of the modules belongs to, the first one's first."""
     found: dict[int, Host] = {}
-    for module in model.modules():
+    for module in modules:
         host = host_of(module)
         found.setdefault(id(host), host)
     return list(found.values())

@@ -54,19 +54,19 @@ class Watch:
         self.all_edits = tuple(edits)
         self.edits = bool(edits)
         chosen(steps, 0)
-        self.hosts: list[Host] = hosts_of(self.model)
         self.exact = bool(knowledge(self.model).sites)
         self.index = -1
         self.sample = Sample()
         self.active = True
         wanted = names(self.model, where)
         self._check_conflicts(wanted)
+        modules = _family(self.model, wanted) if self.exact else dict(self.model.named_modules(remove_duplicate=False))
+        self.hosts: list[Host] = hosts_of(modules.values())
         self.taps: list[Tap] = []
         for host in self.hosts:
             _GUESTS[id(host)] = _GUESTS.get(id(host), 0) + 1
             if _GUESTS[id(host)] == 1:
                 host.enter()
-        modules = dict(self.model.named_modules(remove_duplicate=False))
         done: set[int] = set()
         around = [
             n
@@ -76,7 +76,7 @@ class Watch:
         ]
         for name in [*around, *wanted]:
             module = modules[name]
-            if id(module) in done or isinstance(module, _PLAIN) or "forward" not in dir(type(module)):
+            if id(module) in done or isinstance(module, _PLAIN):
                 continue
             done.add(id(module))
             self._tap(module, name)
@@ -191,6 +191,8 @@ class Watch:
         self.undo()
 
     def _check_conflicts(self, wanted: list[str]) -> None:
+        if not self.all_edits:
+            return
         others = [
             (watch, e)
             for module in self.model.modules()
@@ -209,6 +211,19 @@ class Watch:
                         f"two edits touch {', '.join(sorted(mine.touches & other.touches))} at the same sites and steps "
                         f"({mine.quantity} and {other.quantity}): say which comes first with order="
                     )
+
+
+def _family(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
+    """The modules of these names and those that hold them, outermost first: a walk of the whole model takes longer."""
+    found = {"": model}
+    for name in wanted:
+        parent, path = model, ""
+        for part in name.split(".") if name else ():
+            path = f"{path}.{part}" if path else part
+            if path not in found:
+                found[path] = parent.get_submodule(part)
+            parent = found[path]
+    return found
 
 
 def _overlap(a: slice | range | int | None, b: slice | range | int | None) -> bool:
