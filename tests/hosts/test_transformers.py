@@ -402,10 +402,3 @@ def test_swap_into_an_encoder_trains_a_step() -> None:
     assert losses[1] < losses[0]
     handle.undo()
     assert type(model.encoder.layer[0].attention.self).__name__ == "BertSelfAttention"
-
-
-def test_a_rotary_decoder_is_not_swapped() -> None:
-    model, inputs = build("llama")
-    rg.sites(model, **inputs)
-    with pytest.raises(ValueError, match="cannot be replaced"):
-        rg.swap(model, "*.self_attn", "rela")

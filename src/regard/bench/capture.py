@@ -13,7 +13,6 @@ from regard.bench.cost import interleave, peak_memory
 from regard.core.capture import capture
 from regard.core.site import sites
 
-
 SHAPES = (  # ViT-B, ViT-S and ViT-Ti on an image of 224 pixels in patches of 16, and a single token
     (1, 197, 768, 12),
     (1, 197, 384, 6),

@@ -163,7 +163,10 @@ def _build(build: Callable[..., nn.Module], plan: Projections, arguments: dict[s
         facts["num_kv_heads"] = plan.num_kv_heads
     if plan.causal:
         facts["causal"] = True
+    if plan.q[0].shape[0] != plan.dim:
+        facts["head_dim"] = plan.q[0].shape[0] // plan.num_heads
     known = {n: v for n, v in facts.items() if n in accepted and n not in arguments}
-    if plan.causal and "causal" not in accepted:
-        raise ValueError(f"{build.__name__} cannot be causal, but the place it is put in is")
-    return build(plan.dim, **known, **arguments)
+    made = build(plan.dim, **known, **arguments)
+    if plan.causal and not getattr(made, "causal", False):
+        raise ValueError(f"{build.__name__} cannot be causal, or was told not to be, but the place it is put in is")
+    return made

@@ -15,6 +15,7 @@ from regard.core.host import HOSTS, Handle, Host, Sample
 from regard.core.swap import Plan, Projection, Projections
 from regard.core.tap import Tap, taps_of
 from regard.core.tokens import Segment, Tokens
+from regard.hosts.decoder import decoder_slot
 
 # Under these names a function attends to whole (b, h, l, d) tensors. Their names stay, so that the masks that the model
 # makes for them stay right.
@@ -169,7 +170,8 @@ class Transformers(Host):
         parts = [[_linear(getattr(module, n, None)) for n in triple] for triple in _NAMES]
         found = next((p for p in parts if all(x is not None for x in p)), None)
         heads = getattr(module, "num_attention_heads", None) or getattr(module, "num_heads", None)
-        if found is None or heads is None or getattr(module, "is_causal", False):
+        heads = heads or getattr(getattr(module, "config", None), "num_attention_heads", None)
+        if found is None or heads is None or getattr(module, "attn_logit_softcapping", None) is not None:
             return None
         q, k, v = found
         assert q is not None
@@ -177,7 +179,9 @@ class Transformers(Host):
         assert v is not None
         kv_heads = heads * k[0].shape[0] // q[0].shape[0]
         out = next((_linear(getattr(module, n, None)) for n in _OUT if hasattr(module, n)), None)
-        return Plan(Projections(q[0].shape[1], heads, kv_heads, q, k, v, out), _Slot)
+        causal = bool(getattr(module, "is_causal", False))
+        wrap = decoder_slot(model, name) if causal else _Slot
+        return Plan(Projections(q[0].shape[1], heads, kv_heads, q, k, v, out, causal), wrap)
 
 
 def _config(model: nn.Module, name: str) -> Any:

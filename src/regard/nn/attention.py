@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.nn.cache import KVCache
+from regard.nn.cache import Cache, KVCache
 from regard.nn.rotary import Rotary
 from regard.ops import attend as ops
 
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         *,
         mask: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "b n c"]:
         if x.ndim != 3:
             raise ValueError(f"x must be (b, n, {self.dim}); got {tuple(x.shape)}")

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What a layer asks of whoever keeps its keys and values: how many tokens are held, and room for more."""
+
+    @property
+    def length(self) -> int: ...
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (b, g, n, d) keys and values; returns all keys and values so far."""
+        ...
 
 
 class KVCache:

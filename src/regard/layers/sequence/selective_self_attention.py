@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.catalog.registry import Tags, method
-from regard.nn import Attention, KVCache, expand_mask
+from regard.nn import Attention, Cache, expand_mask
 from regard.ops.attend import causal_mask, merge_masks
 from regard.ops.rows import single
 
@@ -215,7 +215,7 @@ class SelectiveSelfAttention(Attention):
         *,
         mask: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         positions: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
         if positions is None:
