@@ -3,25 +3,15 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import regard as rg
+from regard.hosts.tiny import tiny_llama
 from regard.nn import Attention
 
 
 def llama(**more: object) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        **more,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(**more)[0]
 
 
 def qwen2() -> nn.Module:

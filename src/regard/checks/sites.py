@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import Method
 from regard.checks.contract import Skip, contract, hosted
-from regard.checks.samples import build, descends, random, run, same, sample, stir, takes, usual, width
+from regard.checks.samples import build, descends, random, run, same, sample, stir, usual, width
 from regard.checks.traces import traces, unchanged
 from regard.core.call import Call
 from regard.core.capture import Capture, capture
@@ -84,8 +84,6 @@ def check_swap_trains(method: Method) -> None:
     layer = build(method)
     if "context" in sample(method, layer)[1]:
         raise Skip("needs a context, which the place of self-attention does not have")
-    if not takes(layer, "grid"):
-        raise Skip("forward has no argument 'grid', which a place on a grid gives")
     size = usual(method)
     grid = (3, 5) if isinstance(size, int) else size
     model, inputs = hosted(tiny_vit, dim=width(method), num_heads=method.example.get("num_heads", 4), grid=grid)

@@ -201,7 +201,7 @@ def check_softmax_reference(method: Method) -> None:
     """Plain fused attention is softmax(q k / sqrt(head_dim)) v, query by query, of what ``project`` returns."""
     for wishes in ({}, {"causal": True}, {"num_heads": 4, "num_kv_heads": 2}):
         wishes = wishes if method.tags.causal or "causal" not in wishes else {}
-        layer = _plain(build(method, **wishes), "forward", "attend")
+        layer = _plain(build(method, **wishes), "forward", "attend", "seam")
         x, options = sample(method, layer)
         q, k, v = layer.project(x, options.get("context", x))
         out = q.new_zeros(*q.shape[:3], v.shape[-1])

@@ -13,11 +13,12 @@ pixels with an area under the curve of at least 0.7, where chance is 0.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.cnn.cbam import CBAM, ChannelGate
@@ -94,11 +95,26 @@ def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     return images, label, mask
 
 
-def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> None:
-    """SGD with momentum and one cycle of the rate."""
-    steps = math.ceil(len(images) / 64)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=epochs * steps)
+def adam(parameters: Iterator[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=4e-3, weight_decay=1e-4)
+
+
+def momentum(parameters: Iterator[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    generator: torch.Generator,
+    optimise: Callable[[Iterator[nn.Parameter]], Optimizer] = adam,
+) -> None:
+    """Batches of 64, one cycle of the optimiser's rate."""
+    optimiser = optimise(model.parameters())
+    steps = epochs * math.ceil(len(images) / 64)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, optimiser.defaults["lr"], total_steps=steps)
     model.train()
     for _ in range(epochs):
         for index in torch.randperm(len(images), generator=generator).split(64):
@@ -158,7 +174,7 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         for name, gate in gates.items():
             torch.manual_seed(seed)
             model = resnet(gate, 6)
-            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed))
+            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed), momentum)
             errors[name].append(error(model, test, truth))
         found = spatial_map(model, test[:256])
         areas.append(sum(area_under_curve(m, mask) for m, mask in zip(found, masks)) / len(found))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regard.core.watch import Watch
 
 # In the order in which they are applied within one call.
-QUANTITIES = ("kv", "share", "q", "k", "v", "scale_keys", "mask", "bias", "scores", "weights", "heads", "out")
+QUANTITIES = ("kv", "share", "q", "k", "v", "scale_keys", "mask", "bias", "scores", "weights", "heads", "out", "cache")
 TOUCHES = {"kv": {"k", "v"}, "share": {"k", "v"}, "scale_keys": {"v"}, "heads": {"out"}}
 COMMUTES = {"scale_keys", "mask", "bias", "heads"}
 EAGER = {"scores", "weights"}
@@ -35,7 +35,7 @@ class Edit:
     """A change to one quantity of attention.
 
     Build one with :meth:`q`, :meth:`k`, :meth:`v`, :meth:`kv`, :meth:`share`, :meth:`scale_keys`, :meth:`mask`, :meth:`bias`,
-    :meth:`scores`, :meth:`weights`, :meth:`heads` or :meth:`out`. Every one of them takes these options:
+    :meth:`scores`, :meth:`weights`, :meth:`heads`, :meth:`out` or :meth:`cache`. Every one of them takes these options:
 
     Args:
         strength: 0 is the identity, bit for bit; 1 the whole change; between and beyond, the straight line through both.
@@ -57,10 +57,10 @@ class Edit:
             raise ValueError(f"quantity={self.quantity!r} is not one of {', '.join(QUANTITIES)}")
         if self.branch not in (None, "cond", "uncond"):
             raise ValueError(f"branch={self.branch!r} is not 'cond' or 'uncond'")
-        if self.quantity in ("mask", "kv", "share") and self.strength not in (0, 1):
+        if self.quantity in ("mask", "kv", "share", "cache") and self.strength not in (0, 1):
             raise ValueError(f"strength={self.strength}: an edit of {self.quantity} is on (1) or off (0)")
-        if self.quantity == "kv" and self.only is not None:
-            raise ValueError("only= does not apply to keys and values taken together; edit k and v")
+        if self.quantity in ("kv", "cache") and self.only is not None:
+            raise ValueError(f"only= does not apply to keys and values taken together ({self.quantity}); edit k and v")
 
     # -- constructors -----------------------------------------------------------------------------------------------
 
@@ -147,6 +147,12 @@ class Edit:
     def out(change: Callable[[Tensor, Call], Tensor], **options: Any) -> Edit:
         """``change(out, call)`` gives the new per-head outputs (b, h, l, e), before the output projection."""
         return Edit("out", change, **options)
+
+    @staticmethod
+    def cache(keep: Callable[[Call], Tensor | None], **options: Any) -> Edit:
+        """``keep(call)`` gives the keys that the cache still holds after the call, rising numbers (b, k) or (b, g, k) among
+        those of ``call.k``, or None for all; tokens to come keep the positions they would have had."""
+        return Edit("cache", keep, **options)
 
     # -- application ------------------------------------------------------------------------------------------------
 

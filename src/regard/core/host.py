@@ -15,6 +15,7 @@ from regard.core.tokens import Tokens
 
 if TYPE_CHECKING:
     from regard.core.call import Call
+    from regard.core.kept import Held
     from regard.core.swap import Plan
 
 
@@ -70,6 +71,10 @@ class Host:
     def tokens(self, model: nn.Module, name: str, call: Call, sample: Sample) -> tuple[Tokens | None, Tokens | None]:
         """What the query and key tokens of the call at site ``name`` mean; ``sample`` is the model's input."""
         return None, None
+
+    def cache(self, module: nn.Module, kwargs: dict[str, Any]) -> Held | None:
+        """The keys and values to which this call of the attention ``module`` adds its own."""
+        return None
 
     def prune(self, model: nn.Module, after: int, keep: Callable[[Call, Tensor, Tensor], Tensor]) -> Handle:
         """A handle that drops tokens from decoder layer ``after`` on: ``keep(call, image, valid)`` says which stay."""

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from regard.core.call import Call
 from regard.core.edit import EAGER, QUANTITIES, Edit
 from regard.core.fold import Fold
+from regard.core.host import host_of
+from regard.core.kept import Held, kept
 from regard.core.kinds import streams_of
 from regard.core.lower import run_eager
 
@@ -65,13 +67,17 @@ class Tap(TorchFunctionMode):
         self.mixes = False
         self.streams: list[tuple[int, ...]] = []
         self.batch = 0
+        self.held: Held | None = None
+        self.kept: Tensor | None = None
 
     # -- installing -------------------------------------------------------------------------------------------------
 
     def install(self, hooked: bool) -> None:
         """Put the tap on its module; without hooks when the host calls it by itself."""
-        self.module.__dict__.setdefault(ATTRIBUTE, []).append(self)
-        if hooked:
+        here = self.module.__dict__.setdefault(ATTRIBUTE, [])
+        if self not in here:
+            here.append(self)
+        if hooked and not self._hooks:
             self._hooks = (
                 self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
                 self.module.register_forward_hook(self._leave, always_call=True),
@@ -97,6 +103,7 @@ class Tap(TorchFunctionMode):
             return
         self.forget()
         self.batch = next((a.shape[0] for a in args if isinstance(a, Tensor) and a.ndim >= 3), 0)
+        self.held = host_of(module).cache(module, kwargs)
         self.streams = [] if all(w.exact for w in self.watches) else streams_of(args, kwargs)
         if not torch.compiler.is_compiling():
             _STACK.taps.append(self)
@@ -110,6 +117,8 @@ class Tap(TorchFunctionMode):
                 return  # Another hook failed before this tap was entered.
             _STACK.taps.pop()
         self.__exit__(None, None, None)
+        if self.kept is not None and self.held is not None:
+            self.held.keep(self.kept)
         if not self.exact and self.softmaxes and self.mixes:
             for watch in self.watches:
                 watch.refused(self, self.softmaxes[-1])
@@ -182,6 +191,9 @@ class Tap(TorchFunctionMode):
         for watch in self.watches:
             if watch.wants(call):
                 out = watch.saw(self, call, out, seam)
+        for e in edits:
+            if e.quantity == "cache":
+                self.kept = kept(e, call, self.held)
         return out
 
 

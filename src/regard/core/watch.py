@@ -152,6 +152,8 @@ class Watch:
             known = self.known(name)
             seam: Seam | None = known.seam if known else None
             tap.install(hooked=not (self.exact and seam in ("interface", "own")))
+        if any(e.quantity == "cache" for e in self.all_edits):
+            tap.install(hooked=True)
         tap.watches.append(self)
         self.taps.append(tap)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.hosts.eviction import LayerCache, held_by
 from regard.nn import Attention, Rotary
 
 # Rates that do not depend on how long the sequence is.
@@ -34,21 +35,6 @@ def rotary_of(model: nn.Module, name: str) -> Rotary | None:
     return None
 
 
-class HostCache:
-    """The part of a transformers cache that belongs to one layer, as a layer of this library uses its own."""
-
-    def __init__(self, cache: Any, index: int) -> None:
-        self.cache, self.index = cache, index
-
-    @property
-    def length(self) -> int:
-        return int(self.cache.get_seq_length(self.index))
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        both: tuple[Tensor, Tensor] = self.cache.update(k, v, self.index)
-        return both
-
-
 class DecoderSlot(nn.Module):
     """A causal layer called as a decoder of transformers calls its attention."""
 
@@ -62,24 +48,26 @@ class DecoderSlot(nn.Module):
         if kwargs.get("encoder_hidden_states") is not None:
             raise ValueError("encoder_hidden_states reached a layer that was put in the place of self-attention")
         given: dict[str, Any] = {}
-        held = kwargs.get("cache", kwargs.get("past_key_values"))
+        held = held_by(self, kwargs)
         if held is not None:
-            given["cache"] = self._cache(held)
+            given["cache"] = self._fit(held)
         if attention_mask is not None:
             if attention_mask.dtype != torch.bool:
                 attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-            given["mask"] = attention_mask
+            kept = None if held is None else held.kept
+            heads = getattr(self.layer, "num_heads", 1)
+            given["mask"] = attention_mask if kept is None else kept.mask(attention_mask, heads)
         return self.layer(hidden_states, **given), None
 
-    def _cache(self, held: Any) -> HostCache:
+    def _fit(self, held: LayerCache) -> LayerCache:
         if not isinstance(self.layer, Attention):
             raise ValueError(
                 f"{type(self.layer).__name__} keeps no keys and values that the host's cache could hold: "
                 "call the model with use_cache=False"
             )
-        if getattr(held, "is_compileable", False):
-            raise ValueError(f"{type(held).__name__} has places for tokens to come: use a cache that grows")
-        return HostCache(held, self.layer_idx)
+        if getattr(held.cache, "is_compileable", False):
+            raise ValueError(f"{type(held.cache).__name__} has places for tokens to come: use a cache that grows")
+        return held
 
 
 def decoder_slot(model: nn.Module, name: str) -> Callable[[nn.Module], nn.Module]:

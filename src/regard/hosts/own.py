@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from regard.core.call import Call
 from regard.core.host import HOSTS, Host
 from regard.core.lower import run_eager
 from regard.core.tap import taps_of
-from regard.nn import Attention
+from regard.nn import Attention, Cache
 from regard.ops.attend import attend, causal_mask, merge_masks
 
 _PLAIN_SEAM = Attention.seam
@@ -20,7 +22,7 @@ def _watched_seam(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
         return self.attend(q, k, v, mask)
     call = Call(q, k, v, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
     if self.causal:
-        call.q_start = k.shape[2] - q.shape[2]
+        call.q_start = k.shape[2] - q.shape[2] if tap.held is None else tap.held.position - q.shape[2]
         call.mask = merge_masks(mask, causal_mask(q.shape[2], k.shape[2], q.device))
     if not self.fused:
         call.stages = (self.scores, self.normalize)
@@ -52,6 +54,10 @@ class Own(Host):
 
     def enter(self) -> None:
         Attention.seam = _watched_seam  # type: ignore[method-assign]
+
+    def cache(self, module: nn.Module, kwargs: dict[str, Any]) -> Cache | None:
+        found: Cache | None = kwargs.get("cache")
+        return found
 
     def leave(self) -> None:
         Attention.seam = _PLAIN_SEAM  # type: ignore[method-assign]

@@ -84,7 +84,8 @@ class _Slot(nn.Module):
 
     def __init__(self, layer: nn.Module, grid: tuple[int, ...] | None) -> None:
         super().__init__()
-        self.layer, self.grid = layer, grid
+        self.layer = layer
+        self.grid = grid if "grid" in inspect.signature(layer.forward).parameters else None
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, mask: Tensor | None = None

@@ -185,3 +185,21 @@ def as_double(hosted: Hosted) -> Hosted:
     """The model and its floating-point inputs in float64."""
     model, inputs = hosted
     return model.double(), {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def tiny_llama(**more: Any) -> Hosted:
+    """transformers' Llama: two layers, four query heads and two key heads, 61 words; ``more`` goes to its configuration."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    facts: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    with _seeded():
+        model = LlamaForCausalLM(LlamaConfig(**facts | more))
+        return model.eval(), {"input_ids": torch.randint(3, 61, (2, 9))}

@@ -16,6 +16,7 @@ from regard.core.swap import Plan, Projection, Projections
 from regard.core.tap import Tap, taps_of
 from regard.core.tokens import Segment, Tokens
 from regard.hosts.decoder import decoder_slot
+from regard.hosts.eviction import LayerCache, held_by
 
 # Under these names a function attends to whole (b, h, l, d) tensors. Their names stay, so that the masks that the model
 # makes for them stay right.
@@ -59,6 +60,9 @@ def _watched(
         raise ValueError(
             f"{tap.name}: attention sinks are learned columns of the softmax, which a site cannot show yet"
         )
+    kept = tap.held.kept if isinstance(tap.held, LayerCache) else None
+    if kept is not None and mask is not None:
+        mask = kept.mask(mask, query.shape[1])
     call = Call(
         query,
         key,
@@ -71,7 +75,7 @@ def _watched(
         dropout=kwargs.get("dropout", 0.0),
     )
     if getattr(module, "is_causal", False) and mask is None and query.shape[2] < key.shape[2]:
-        call.q_start = key.shape[2] - query.shape[2]
+        call.q_start = (key.shape[2] if kept is None else kept.seen) - query.shape[2]
     given = (call.q, call.k, call.v, call.mask, call.bias, call.causal)
     rest: tuple[Any, ...] = ()
 
@@ -82,7 +86,7 @@ def _watched(
         arguments = dict(kwargs)
         new_mask = mask
         if changed:
-            new_mask, arguments = _arguments(c, mask, kwargs)
+            new_mask, arguments = _arguments(c, mask, kwargs, name == "sdpa")
         tap.quiet = True
         try:
             out, *others = native(module, c.q, c.k, c.v, new_mask, **arguments)
@@ -106,7 +110,9 @@ def _is_causal(name: str, module: nn.Module, query: Tensor, mask: Tensor | None,
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _arguments(call: Call, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+def _arguments(
+    call: Call, mask: Tensor | None, kwargs: dict[str, Any], boolean: bool
+) -> tuple[Tensor | None, dict[str, Any]]:
     """Mask and keyword arguments for the host's function after an edit of mask or bias."""
     arguments = {**kwargs, "is_causal": call.causal}
     if call.mask is mask and call.bias is kwargs.get("position_bias"):
@@ -114,8 +120,8 @@ def _arguments(call: Call, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple
     allowed, added = call.allowed(), call.added()
     arguments.pop("position_bias", None)
     arguments["is_causal"] = False
-    if added is None and allowed is None:
-        return None, arguments
+    if added is None and (allowed is None or (boolean and (mask is None or mask.dtype == torch.bool))):
+        return allowed, arguments
     total = torch.zeros((), dtype=call.q.dtype, device=call.q.device) if added is None else added.to(call.q.dtype)
     if allowed is not None:
         total = total.masked_fill(~allowed, torch.finfo(call.q.dtype).min)
@@ -159,6 +165,9 @@ class Transformers(Host):
             else:
                 found.append(None)
         return found[0], found[1]
+
+    def cache(self, module: nn.Module, kwargs: dict[str, Any]) -> LayerCache | None:
+        return held_by(module, kwargs)
 
     def prune(self, model: nn.Module, after: int, keep: Callable[[Call, Tensor, Tensor], Tensor]) -> Handle:
         from regard.hosts.pruning import TokenPruning

@@ -144,7 +144,7 @@ class Attention(nn.Module):
             raise ValueError(f"x must be (b, n, {self.dim}); got {tuple(x.shape)}")
         if context is not None and self.causal:
             raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.position
         q, k, v = self.project(x, x if context is None else context, start)
         if self.rotary is not None and context is None:
             q, k = self.rotary(q, start), self.rotary(k, start)

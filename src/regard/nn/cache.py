@@ -10,13 +10,19 @@ from torch import Tensor
 
 @runtime_checkable
 class Cache(Protocol):
-    """What a layer asks of whoever keeps its keys and values: how many tokens are held, and room for more."""
+    """What a layer asks of whoever keeps its keys and values: where the next token stands, and room for it."""
 
     @property
-    def length(self) -> int: ...
+    def position(self) -> int:
+        """Tokens seen so far, those that are no longer held among them."""
+        ...
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (b, g, n, d) keys and values; returns all keys and values so far."""
+        """Add (b, g, n, d) keys and values; returns all that are held."""
+        ...
+
+    def keep(self, index: Tensor) -> None:
+        """Hold only those that ``index`` (b, g, k) names, in its order."""
         ...
 
 
@@ -24,7 +30,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, (b, g, capacity, d), filled from the left.
 
     ``append`` writes in place and returns views of the filled part; ``reorder`` follows a beam search, ``crop`` forgets
-    the newest tokens. Raises ValueError for another batch size, dtype or width, or when the capacity is exceeded.
+    the newest tokens, ``keep`` all but some. Raises ValueError for another batch size, dtype or width, or when the capacity
+    is exceeded.
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class KVCache:
             )
         self.k = torch.zeros(batch, kv_heads, capacity, k_dim, dtype=dtype, device=device)
         self.v = torch.zeros(batch, kv_heads, capacity, k_dim if v_dim is None else v_dim, dtype=dtype, device=device)
-        self.length = 0
+        self.length = self.forgotten = 0
 
     @property
     def nbytes(self) -> int:
@@ -65,12 +72,30 @@ class KVCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    @property
+    def position(self) -> int:
+        return self.length + self.forgotten
+
+    def keep(self, index: Tensor) -> None:
+        """Hold only those that ``index`` (b, g, k) names, in its order; positions go on as if nothing was forgotten."""
+        if index.shape[:2] != self.k.shape[:2] or (index.numel() and int(index.max()) >= self.length):
+            raise ValueError(
+                f"index {tuple(index.shape)} must name some of the {self.length} held by {tuple(self.k.shape)}"
+            )
+        kept = index.shape[2]
+        for x in (self.k, self.v):
+            x[:, :, :kept] = x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+        self.forgotten += self.length - kept
+        self.length = kept
+
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         self.k, self.v = self.k[rows], self.v[rows]
 
     def crop(self, length: int) -> None:
         """Keep the oldest ``length`` tokens."""
+        if self.forgotten:
+            raise ValueError(f"{self.forgotten} tokens were forgotten: which are the newest of the rest is not known")
         if not 0 <= length <= self.length:
             raise ValueError(f"length={length} is outside 0..{self.length}")
         self.length = length

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import erf, sqrt
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -34,7 +36,10 @@ def naive(
             hidden[row, t, head] = weights @ v[row, head // (h // g), seen]
     o = hidden.flatten(2)
     centred = o - o.mean(-1, keepdim=True)
-    o = centred / (centred.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight + layer.norm.bias
+    o = (
+        centred / (centred.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
+        + layer.norm.bias
+    )
     return layer.out(0.5 * o * (1 + ((2 / torch.pi) ** 0.5 * (o + 0.044715 * o**3)).tanh()))
 
 
@@ -125,8 +130,10 @@ class NormalizedAttention(Attention):
         self.eps, self.scale = eps, 1.0
         self.gain, self.bias = nn.Parameter(torch.ones(num_heads, 1, 1)), nn.Parameter(torch.zeros(num_heads, 1, 1))
         self.norm = nn.LayerNorm(self.num_heads * self.head_dim, eps=1e-3)
+        inside = erf(2.0 / sqrt(2.0))
         for linear in (self.q, self.k, self.v, self.out):
-            nn.init.trunc_normal_(linear.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
+            with torch.no_grad():
+                linear.weight.uniform_(-inside, inside).erfinv_().mul_(sqrt(2.0) * init_std)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
