@@ -103,7 +103,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    steps, count = (5, 4) if budget == "smoke" else (900, 200)
+    steps, count = (5, 4) if budget == "smoke" else (2700, 200)
     found: dict[str, list[list[float]]] = {"raw": [], "rollout": [], "flow": []}
     accuracy = []
     for seed in range(seeds):

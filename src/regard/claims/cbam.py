@@ -1,9 +1,9 @@
 """CBAM lowers the error of a residual network, and its spatial map lies on the object.
 
 Set-up: 32x32 images of one shape out of six, in a random colour, size and place, on textured clutter that holds a few
-stray strokes; 4,000 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), six epochs
-of SGD with momentum and one cycle of the rate; the gate, with a reduction of 4 as the network is narrow, stands on every
-residual branch before the addition. Compared: no gate, the channel gate alone, CBAM.
+stray strokes; 4,000 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), eight epochs
+of Adam and one cycle of the rate; the gate, with a reduction of 4 as the network is narrow, stands on every residual
+branch before the addition. Compared: no gate, the channel gate alone, CBAM.
 
 Bar, with three seeds: the error of CBAM is at least one point below that of the plain network, and not above that of
 the channel gate alone. The spatial map (mean over the blocks, brought to image size) separates object from background
@@ -13,12 +13,11 @@ pixels with an area under the curve of at least 0.7, where chance is 0.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.cnn.cbam import CBAM, ChannelGate
@@ -95,26 +94,18 @@ def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     return images, label, mask
 
 
-def adam(parameters: Iterator[nn.Parameter]) -> Optimizer:
-    return torch.optim.Adam(parameters, lr=4e-3, weight_decay=1e-4)
-
-
-def momentum(parameters: Iterator[nn.Parameter]) -> Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-
 def fit(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     epochs: int,
     generator: torch.Generator,
-    optimise: Callable[[Iterator[nn.Parameter]], Optimizer] = adam,
+    peak: float = 4e-3,
 ) -> None:
-    """Batches of 64, one cycle of the optimiser's rate."""
-    optimiser = optimise(model.parameters())
+    """Adam in batches of 64, one cycle of the rate, ``peak`` at most."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=peak, weight_decay=1e-4)
     steps = epochs * math.ceil(len(images) / 64)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, optimiser.defaults["lr"], total_steps=steps)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps)
     model.train()
     for _ in range(epochs):
         for index in torch.randperm(len(images), generator=generator).split(64):
@@ -159,7 +150,7 @@ def spatial_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (4000, 2000, 6)
+    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (4000, 2000, 8)
     gates: dict[str, Gate] = {
         "plain": lambda dim: nn.Identity(),
         "channel": lambda dim: ChannelGate(dim, 4),
@@ -174,7 +165,7 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         for name, gate in gates.items():
             torch.manual_seed(seed)
             model = resnet(gate, 6)
-            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed), momentum)
+            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed))
             errors[name].append(error(model, test, truth))
         found = spatial_map(model, test[:256])
         areas.append(sum(area_under_curve(m, mask) for m, mask in zip(found, masks)) / len(found))

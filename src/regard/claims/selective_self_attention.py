@@ -131,7 +131,7 @@ def denoise(form: type[Attention], steps: int, seed: int) -> tuple[float, float]
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    a, b, c, longest = (20, 2, 2, 256) if budget == "smoke" else (3000, 600, 2000, 4096)
+    a, b, c, longest = (20, 2, 2, 256) if budget == "smoke" else (8000, 600, 2000, 4096)
     error, norm = [], []
     for seed in range(seeds):
         plain, ours = (
