@@ -1,5 +1,6 @@
 """Keys taken out of a cache: the model goes on as if they were masked, at the positions they would have had."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -41,8 +42,9 @@ def heavy(call: Call) -> Tensor:
 
 def decode(model: nn.Module, prompt: Tensor, mask: Tensor) -> Tensor:
     cache, tokens, logits = DynamicCache(config=model.config), prompt, []
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for _ in range(STEPS):
-        out = model(input_ids=tokens, attention_mask=mask, cache=cache, use_cache=True)
+        out = model(input_ids=tokens, attention_mask=mask, use_cache=True, **{name: cache})
         logits.append(out.logits[:, -1])
         tokens, mask = out.logits[:, -1:].argmax(-1), torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
     return torch.stack(logits, 1)

@@ -85,6 +85,8 @@ def carry(layer: nn.Module, plan: Projections) -> list[str]:
         ("proj", plan.out),
     ):
         linear = getattr(layer, name, None)
+        if name in ("k", "v") and getattr(layer, "num_kv_heads", plan.num_kv_heads) != plan.num_kv_heads:
+            continue
         if source is None or not isinstance(linear, nn.Linear) or linear.weight.shape != source[0].shape:
             continue
         if source[1] is not None and linear.bias is None:

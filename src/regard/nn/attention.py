@@ -150,7 +150,12 @@ class Attention(nn.Module):
             q, k = self.rotary(q, start), self.rotary(k, start)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.merge(self.seam(q, k, v, expand_mask(mask)))
+        allowed = expand_mask(mask)
+        if allowed is not None and allowed.shape[-1] not in (1, k.shape[2]):
+            raise ValueError(
+                f"mask {tuple(allowed.shape)} is for {allowed.shape[-1]} keys, of which there are {k.shape[2]}"
+            )
+        return self.merge(self.seam(q, k, v, allowed))
 
     def new_cache(self, batch: int, capacity: int, **where: object) -> KVCache:
         """An empty cache of the right shape for this layer; ``where`` takes dtype and device."""
