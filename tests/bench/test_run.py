@@ -1,6 +1,7 @@
 """The bench gives ratios of one run, refuses a layer whose checks fail, and keeps one row a subject."""
 
 import csv
+import importlib.util
 
 import pytest
 import torch
@@ -43,10 +44,23 @@ def test_every_peer_takes_the_same_tokens(name: str) -> None:
     record = registry.get(name)
     assert record.kind == "layer"
     x = torch.randn(2, 49, 32)
-    for peer in peers_of(name):
-        if peer.requires == "natten":
-            continue  # a source package without a wheel for this platform
+    for peer in peers_of(record):
+        if importlib.util.find_spec(peer.requires) is None:
+            continue
         assert isinstance(peer.build(32, 4, (7, 7)).eval()(x), Tensor)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_sequence_layer_is_causal_and_has_a_cached_step() -> None:
+    found = bench_run.bench("multi-query-attention", "causal", **{**QUICK, "shapes": [(2, (1, 9), 32, 4)]})
+    assert [r.mode for r in found] == ["forward", "forward+backward", "cached step"]
+    assert found[0].shape == "b=2 tokens=9 dim=32 heads=4"
+    layer, x = registry.create("multi-query-attention", dim=32, num_heads=4, causal=True).eval(), torch.randn(2, 9, 32)
+    call = bench_run.cached_step(layer, x)
+    with torch.no_grad():
+        expected = layer(torch.cat((x, x[:, -1:]), 1))[:, -1:]
+    for _ in range(3):
+        torch.testing.assert_close(call(), expected)
 
 
 def test_no_number_while_a_check_fails() -> None:

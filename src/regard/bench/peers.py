@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from regard.catalog.registry import Method
 from regard.nn import Attention
 
 Grid = tuple[int, int]
@@ -91,27 +92,86 @@ def _timm_squeeze(dim: int, num_heads: int, grid: Grid) -> nn.Module:
     return _OnMap(SEModule(dim), grid, channels_last=False)
 
 
+class _ManyToOne(nn.Module):
+    """Multi-query attention of GPTBigCode, causal, with fused attention."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        from transformers.models.gpt_bigcode.configuration_gpt_bigcode import GPTBigCodeConfig
+        from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
+
+        config = GPTBigCodeConfig(n_embd=dim, n_head=num_heads, multi_query=True, attn_pdrop=0.0, resid_pdrop=0.0)
+        config._attn_implementation = "sdpa"
+        self.layer = GPTBigCodeAttention(config, layer_idx=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class _Relational(nn.Module):
+    """The dual attention of its authors' package, with the symbols of its authors' retriever."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        from dual_attention.dual_attention import DualAttention
+        from dual_attention.symbol_retrieval import SymbolicAttention
+
+        half = num_heads // 2
+        self.layer = DualAttention(dim, num_heads - half, half, 0.0)
+        self.symbols = SymbolicAttention(dim, num_heads, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, self.symbols(x), is_causal=True)[0]
+
+
+def _one_key_head(dim: int, num_heads: int, grid: Grid) -> nn.Module:
+    from x_transformers.x_transformers import Attention as XAttention
+
+    return XAttention(dim, heads=num_heads, dim_head=dim // num_heads, causal=True, one_kv_head=True, flash=True)
+
+
+def _rectified(dim: int, num_heads: int, grid: Grid) -> nn.Module:
+    from rela_transformer.rela_transformer import ReLA
+
+    return ReLA(dim=dim, heads=num_heads, dim_head=dim // num_heads, causal=True)
+
+
 FUSED = Peer("attention", lambda dim, num_heads, grid: Attention(dim, num_heads))
 TORCH = Peer("torch.nn.MultiheadAttention", lambda dim, num_heads, grid: _Self(dim, num_heads))
+CAUSAL = Peer("causal attention", lambda dim, num_heads, grid: Attention(dim, num_heads, causal=True))
 WINDOW = Peer("torchvision ShiftedWindowAttention", _shifted_window, "torchvision")
 PEERS: dict[str, tuple[Peer, ...]] = {
-    "nat": (FUSED, WINDOW, Peer("natten NeighborhoodAttention2D", _natten, "natten")),
+    "nat": (FUSED, TORCH, WINDOW, Peer("natten NeighborhoodAttention2D", _natten, "natten")),
     "hilo": (FUSED, WINDOW),
     "biformer": (FUSED, WINDOW),
     "flatten": (FUSED, WINDOW),
     "maxvit": (FUSED, Peer("timm block and grid attention with their MLPs", _timm_partition, "timm")),
     "cbam": (Peer("timm CbamModule", _timm_cbam, "timm"), Peer("timm SEModule", _timm_squeeze, "timm")),
     "triplet-attention": (Peer("timm CbamModule", _timm_cbam, "timm"), Peer("timm SEModule", _timm_squeeze, "timm")),
-    "rela": (FUSED, Peer("entmax15", lambda dim, num_heads, grid: _Entmax(dim, num_heads), "entmax")),
-    "multi-query-attention": (FUSED, TORCH),
-    "selective-self-attention": (FUSED, TORCH),
-    "moba": (Peer("causal attention", lambda dim, num_heads, grid: Attention(dim, num_heads, causal=True)),),
+    "rela": (
+        CAUSAL,
+        Peer("entmax15", lambda dim, num_heads, grid: _Entmax(dim, num_heads, causal=True), "entmax"),
+        Peer("rela-transformer ReLA", _rectified, "rela_transformer"),
+    ),
+    "multi-query-attention": (
+        CAUSAL,
+        Peer(
+            "transformers GPTBigCodeAttention", lambda dim, num_heads, grid: _ManyToOne(dim, num_heads), "transformers"
+        ),
+        Peer("x-transformers one_kv_head", _one_key_head, "x_transformers"),
+    ),
+    "dual-attention-transformer": (
+        CAUSAL,
+        Peer(
+            "dual-attention DualAttention", lambda dim, num_heads, grid: _Relational(dim, num_heads), "dual_attention"
+        ),
+    ),
 }
 
 
-def peers_of(name: str) -> tuple[Peer, ...]:
-    """Peers of a layer; plain fused attention where nobody said anything else."""
-    return PEERS.get(name, (FUSED,))
+def peers_of(record: Method) -> tuple[Peer, ...]:
+    """Peers of a layer; plain fused attention where nobody said anything else, causal for a layer that can be."""
+    return PEERS.get(record.name, (CAUSAL if record.tags.causal else FUSED,))
 
 
 def parameters_like(layer: nn.Module, peer: nn.Module) -> float:

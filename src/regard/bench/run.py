@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import io
@@ -22,11 +23,9 @@ from regard.catalog.registry import Method
 from regard.checks.run import check
 from regard.train.files import write_whole
 
-DEFAULT_SHAPES: tuple[tuple[int, Grid, int, int], ...] = (
-    (4, (14, 14), 192, 6),
-    (1, (28, 28), 192, 6),
-    (1, (56, 56), 96, 3),
-)
+Shape = tuple[int, Grid, int, int]
+IMAGES: tuple[Shape, ...] = ((4, (14, 14), 192, 6), (1, (28, 28), 192, 6), (1, (56, 56), 96, 3))
+SEQUENCES: tuple[Shape, ...] = ((4, (1, 256), 256, 8), (1, (1, 1024), 256, 8))
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,19 @@ def bench(
     subject: str,
     against: str | None = None,
     *,
-    shapes: Sequence[tuple[int, Grid, int, int]] = DEFAULT_SHAPES,
+    shapes: Sequence[Shape] | None = None,
     rounds: int = 9,
     budget: float = 1.0,
     device: str = "cpu",
 ) -> Bench:
-    """Time a layer beside its peers, forward and forward with backward.
+    """Time a layer beside its peers: forward, forward with backward, and one cached step where both have a cache.
+
+    A layer that can be causal is measured as one on sequences, others on grids of tokens.
 
     Args:
         subject: registry name of a layer, or ``"capture"``: what reading costs on a twelve-layer ViT.
         against: part of the name of one peer; default all of them.
-        shapes: (batch, grid, dim, num_heads).
+        shapes: (batch, grid, dim, num_heads); a grid of one row is a sequence.
         rounds: interleaved rounds at least, and more until ``budget`` seconds have passed.
         device: where to measure.
 
@@ -119,11 +120,12 @@ def bench(
     record = registry.get(subject)
     if record.kind != "layer":
         raise ValueError(f"subject={subject!r} is a {record.kind}; bench() times layers, and 'capture'")
-    chosen = [p for p in peers_of(subject) if against is None or against.lower() in p.name.lower()]
+    chosen = [p for p in peers_of(record) if against is None or against.lower() in p.name.lower()]
     if not chosen:
         raise ValueError(
-            f"against={against!r} is no peer of {subject}; there are {', '.join(p.name for p in peers_of(subject))}"
+            f"against={against!r} is no peer of {subject}; there are {', '.join(p.name for p in peers_of(record))}"
         )
+    shapes = (SEQUENCES if record.tags.causal else IMAGES) if shapes is None else shapes
     report = check(record)
     if not report.ok:
         raise ValueError(f"no number for {subject} while checks fail: {', '.join(r.check for r in report.failures)}")
@@ -137,9 +139,7 @@ def bench(
     return found
 
 
-def _pair(
-    record: Method, peer: Peer, shape: tuple[int, Grid, int, int], rounds: int, budget: float, device: str
-) -> Iterator[Measured]:
+def _pair(record: Method, peer: Peer, shape: Shape, rounds: int, budget: float, device: str) -> Iterator[Measured]:
     batch, grid, dim, heads = shape
     x = tokens(batch, grid, dim).to(device)
     torch.manual_seed(0)
@@ -147,9 +147,15 @@ def _pair(
     layers = {name: layer.to(device).eval() for name, layer in layers.items()}
     inputs = {record.name: arguments(record, x, grid), peer.name: ((x,), {})}
     parameters = parameters_like(layers[record.name], layers[peer.name])
-    label = f"b={batch} grid={grid[0]}x{grid[1]} dim={dim} heads={heads}"
-    for mode, make in (("forward", forward), ("forward+backward", backward)):
-        calls = {name: make(layer, *inputs[name]) for name, layer in layers.items()}
+    size = f"tokens={grid[1]}" if grid[0] == 1 else f"grid={grid[0]}x{grid[1]}"
+    modes: dict[str, Callable[[str], Callable[[], object]]] = {
+        "forward": lambda name: forward(layers[name], *inputs[name]),
+        "forward+backward": lambda name: backward(layers[name], *inputs[name]),
+    }
+    if record.tags.cache and all(hasattr(layer, "new_cache") for layer in layers.values()):
+        modes["cached step"] = lambda name: cached_step(layers[name], x)
+    for mode, make in modes.items():
+        calls = {name: make(name) for name in layers}
         times = interleave(calls, rounds=rounds, budget=budget, device=device)
         memory = {name: peak_memory(call, device) / 2**20 for name, call in calls.items()}
         mine, theirs = times[record.name], times[peer.name]
@@ -157,7 +163,7 @@ def _pair(
             subject=record.name,
             peer=peer.name,
             mode=mode,
-            shape=label,
+            shape=f"b={batch} {size} dim={dim} heads={heads}",
             milliseconds=mine.median,
             spread=(mine.high - mine.low) / 2,
             peer_milliseconds=theirs.median,
@@ -180,8 +186,10 @@ def device_name(device: str) -> str:
 
 
 def subject_layer(record: Method, dim: int, num_heads: int) -> nn.Module:
-    """The layer at the width measured; an image gate has channels and no heads."""
-    return record.target(dim) if record.tags.input == "image" else record.create(dim=dim, num_heads=num_heads)
+    """The layer at the width measured, causal if it can be; an image gate has channels and no heads."""
+    if record.tags.input == "image":
+        return record.target(dim)
+    return record.create(dim=dim, num_heads=num_heads, **({"causal": True} if record.tags.causal else {}))
 
 
 def arguments(record: Method, x: Tensor, grid: Grid) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -209,5 +217,18 @@ def backward(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any])
         x.grad = None
         layer.zero_grad()
         layer(x, **kwargs).sum().backward()
+
+    return call
+
+
+def cached_step(layer: Any, x: Tensor) -> Callable[[], object]:
+    """One more token after all of ``x``; the cache is as full before every call."""
+    with torch.no_grad():
+        held = layer.new_cache(x.shape[0], x.shape[1] + 1, dtype=x.dtype, device=x.device)
+        layer(x, cache=held)
+
+    def call() -> object:
+        with torch.no_grad():
+            return layer(x[:, -1:], cache=copy.copy(held))
 
     return call

@@ -35,7 +35,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 def widen(x: Tensor, groups: int) -> Tensor:
     """(b, g, s, d) -> (b, g * groups, s, d): each key head serves ``groups`` query heads that follow each other."""
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
+    return x if groups == 1 else x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def causal_mask(l: int, s: int, device: torch.device | str | None = None) -> Bool[Tensor, "l s"]:
@@ -131,6 +131,9 @@ def _sdpa(
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.shape[2] == 1:
         return _one_query(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout)
+    if grouped and q.device.type == "cpu" and torch.is_grad_enabled():
+        # The backward pass of the fused kernel for CPUs takes twice as long over shared heads as over repeated ones.
+        k, v, grouped = widen(k, q.shape[1] // k.shape[1]), widen(v, q.shape[1] // k.shape[1]), False
     square = q.shape[2] == k.shape[2]
     if causal and (mask is not None or bias is not None or not square):
         mask, causal = merge_masks(mask, causal_mask(q.shape[2], k.shape[2], q.device)), False
