@@ -24,9 +24,11 @@ _VERBS = {
     "apply": "regard.core.apply",
     "explain": "regard.core.explain",
     "compare": "regard.view.compare",
+    "compare_text": "regard.view.text",
     "reproduce": "regard.claims.reproduce",
     "bench": "regard.bench.run",
     "check": "regard.checks.run",
+    "probe": "regard.checks.probe",
 }
 __all__ = [*_VERBS, "__version__"]
 

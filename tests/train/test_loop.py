@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.train.checkpoint import load_checkpoint, save_checkpoint
-from regard.train.loop import Recipe, evaluate, fit
+from regard.train.classify import Classify
+from regard.train.loop import Recipe, fit
 from regard.worlds.images import Images
 
 
@@ -36,14 +37,19 @@ def network() -> nn.Module:
 RECIPE = Recipe(epochs=5, batch_size=8, lr=1e-2)
 
 
+def task(seed: int = 0, recipe: Recipe = RECIPE) -> Classify:
+    return Classify(world(), world(30), recipe, seed)
+
+
 def test_learns_and_reports() -> None:
     seen: list[dict[str, float]] = []
-    history = fit(network(), world(), world(30), RECIPE, report=seen.append)
-    assert history.loss[-1] < 0.5 * history.loss[0]
-    assert history.accuracy[-1] > 0.9
+    model = network()
+    curve = fit(model, task(), RECIPE, report=seen.append)
+    assert curve["loss"][-1] < 0.5 * curve["loss"][0]
+    assert curve["accuracy"][-1] > 0.9
     assert [facts["epoch"] for facts in seen] == [1, 2, 3, 4, 5]
-    assert [facts["loss"] for facts in seen] == history.loss
-    assert sum(history.correct) / 30 == pytest.approx(history.accuracy[-1])
+    assert [facts["loss"] for facts in seen] == curve["loss"]
+    assert sum(task().correct(model.eval())) / 30 == pytest.approx(curve["accuracy"][-1])
 
 
 def test_against_a_loop_written_out() -> None:
@@ -51,7 +57,7 @@ def test_against_a_loop_written_out() -> None:
     ours, theirs = (nn.Sequential(nn.Flatten(), nn.Linear(30, 3)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     data = world(40)
-    history = fit(ours, data, data, recipe, seed=4)
+    curve = fit(ours, Classify(data, data, recipe, seed=4), recipe)
 
     weight, bias = theirs[1].weight, theirs[1].bias
     optimizer = torch.optim.AdamW(
@@ -82,7 +88,7 @@ def test_against_a_loop_written_out() -> None:
             step += 1
         losses.append(total / 40)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-7)
-    assert history.loss == pytest.approx(losses, rel=1e-6)
+    assert curve["loss"] == pytest.approx(losses, rel=1e-6)
 
 
 def test_the_order_does_not_depend_on_the_model() -> None:
@@ -99,7 +105,7 @@ def test_the_order_does_not_depend_on_the_model() -> None:
 
     spies = Spy(0), Spy(1)
     for spy in spies:
-        fit(spy, world(), world(), RECIPE, seed=1)
+        fit(spy, task(1), RECIPE, seed=1)
     first, second = (torch.cat(spy.seen) for spy in spies)
     assert torch.equal(first, second)
     epochs = first.view(5, -1)
@@ -109,21 +115,20 @@ def test_the_order_does_not_depend_on_the_model() -> None:
 
 def test_an_exception_in_mid_run_and_going_on(tmp_path: Path) -> None:
     whole = network()
-    expected = fit(whole, world(), world(), RECIPE, seed=2)
+    expected = fit(whole, task(2), RECIPE, seed=2)
 
     def stop(facts: dict[str, float]) -> None:
         if facts["epoch"] == 3:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        fit(network(), world(), world(), RECIPE, seed=2, checkpoint=tmp_path / "run.safetensors", report=stop)
+        fit(network(), task(2), RECIPE, seed=2, checkpoint=tmp_path / "run.safetensors", report=stop)
     resumed = network()
     torch.manual_seed(777)
     seen: list[float] = []
     got = fit(
         resumed,
-        world(),
-        world(),
+        task(2),
         RECIPE,
         seed=2,
         checkpoint=tmp_path / "run.safetensors",
@@ -135,15 +140,14 @@ def test_an_exception_in_mid_run_and_going_on(tmp_path: Path) -> None:
 
 
 def test_killed_in_mid_run_and_going_on(tmp_path: Path) -> None:
-    expected = fit(network(), world(), world(), RECIPE, seed=2)
+    expected = fit(network(), task(2), RECIPE, seed=2)
     checkpoint = tmp_path / "run.safetensors"
     program = (
         f"import sys, time, importlib.util, torch; sys.path[:0] = {sys.path!r}; torch.set_num_threads(1)\n"
         f"spec = importlib.util.spec_from_file_location('this', {__file__!r})\n"
         "this = importlib.util.module_from_spec(spec); spec.loader.exec_module(this)\n"
         "slow = lambda facts: (print(facts['epoch'], flush=True), time.sleep(60 if facts['epoch'] == 2 else 0))\n"
-        "model, data = this.network(), this.world()\n"
-        f"this.fit(model, data, data, this.RECIPE, seed=2, checkpoint={str(checkpoint)!r}, report=slow)\n"
+        f"this.fit(this.network(), this.task(2), this.RECIPE, seed=2, checkpoint={str(checkpoint)!r}, report=slow)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -151,25 +155,23 @@ def test_killed_in_mid_run_and_going_on(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    assert fit(network(), world(), world(), RECIPE, seed=2, checkpoint=checkpoint) == expected
+    assert fit(network(), task(2), RECIPE, seed=2, checkpoint=checkpoint) == expected
 
 
-def test_checkpoint_holds_model_optimiser_random_numbers_and_counters(tmp_path: Path) -> None:
+def test_checkpoint_holds_modules_optimiser_and_counters(tmp_path: Path) -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 30)).sum().backward()
     optimizer.step()
-    save_checkpoint(tmp_path / "c", model, optimizer, {"epoch": 3, "loss": [0.1, 1 / 3]})
-    after = torch.rand(3)
+    save_checkpoint(tmp_path / "c", {"model": model}, optimizer, {"epoch": 3, "loss": [0.1, 1 / 3]})
     other = network()
     again = torch.optim.AdamW(other.parameters())
-    assert load_checkpoint(tmp_path / "c", other, again) == {"epoch": 3, "loss": [0.1, 1 / 3]}
-    assert torch.equal(torch.rand(3), after)
+    assert load_checkpoint(tmp_path / "c", {"model": other}, again) == {"epoch": 3, "loss": [0.1, 1 / 3]}
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(again.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 
 
-def test_evaluate_balances_classes_and_keeps_the_mode() -> None:
+def test_measure_balances_classes() -> None:
     class Always(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -180,14 +182,14 @@ def test_evaluate_balances_classes_and_keeps_the_mode() -> None:
 
     labels = torch.tensor([0] * 8 + [1, 2])
     images = Images(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), labels, ("a", "b", "c"), (0.0,), (1.0,))
-    model = Always().train()
-    loss, accuracy, balanced, correct = evaluate(model, images, batch_size=3)
-    assert model.training
-    assert accuracy == pytest.approx(0.8)
-    assert balanced == pytest.approx(1 / 3)
-    assert correct == [True] * 8 + [False] * 2
+    given = Classify(images, images, RECIPE)
+    found = given.measure(Always())
+    assert given.logits(Always(), batch_size=3).shape == (10, 3)
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["balanced"] == pytest.approx(1 / 3)
+    assert given.correct(Always()) == [True] * 8 + [False] * 2
     log_sum = math.log(math.e + 2)
-    assert loss == pytest.approx(0.8 * (log_sum - 1) + 0.2 * log_sum, rel=1e-6)
+    assert found["test_loss"] == pytest.approx(0.8 * (log_sum - 1) + 0.2 * log_sum, rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite() -> None:
@@ -195,7 +197,7 @@ def test_a_loss_that_is_not_finite() -> None:
     with torch.no_grad():
         model[1].weight.fill_(float("nan"))  # type: ignore[index, operator]
     with pytest.raises(FloatingPointError, match="nan in epoch 1"):
-        fit(model, world(), world(), RECIPE)
+        fit(model, task(), RECIPE)
 
 
 def test_recipe() -> None:

@@ -22,6 +22,7 @@ from regard.train.loop import Recipe
 from regard.train.pool import Call, Event, run_calls
 from regard.train.run import Run, train
 from regard.view import compare as module
+from regard.view import runs
 from regard.view.command import compare_command
 from regard.view.compare import LAYERS, compare
 from regard.view.comparison import Comparison
@@ -46,7 +47,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not calls, f"{[c.key for c in calls]} were to be run"
         yield from ()
 
-    monkeypatch.setattr(module, "run_calls", refuse)
+    monkeypatch.setattr(runs, "run_calls", refuse)
 
 
 def folder(root: Path, classes: int = 2, images: int = 3) -> Path:
@@ -123,7 +124,7 @@ def test_interrupted_and_resumed(
             if event.kind == "done":
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "run_calls", interrupted)
+    monkeypatch.setattr(runs, "run_calls", interrupted)
     with pytest.raises(KeyboardInterrupt, match="1 of 4 runs are finished and kept in"):
         compare(["attention", "convolution"], "small-digits", out=tmp_path, **SMALL)
     (kept,) = (tmp_path / "runs").glob("*.json")
@@ -137,7 +138,7 @@ def test_interrupted_and_resumed(
         ran.extend(c.key for c in calls)
         yield from run_calls(calls, workers)
 
-    monkeypatch.setattr(module, "run_calls", watched)
+    monkeypatch.setattr(runs, "run_calls", watched)
     resumed = compare(["attention", "convolution"], "small-digits", out=tmp_path, resume=True, **SMALL)
     assert len(ran) == 3
     assert kept.stem not in ran
@@ -229,7 +230,7 @@ def test_command_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(module, "run_calls", interrupted)
+    monkeypatch.setattr(runs, "run_calls", interrupted)
     result = call("--data", "small-digits", "--layers", "identity", "--epochs", "1", "--out", str(tmp_path), "--json")
     assert result.exit_code == 130
     assert "0 of 2 runs are finished" in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import inspect
 import io
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,7 +190,8 @@ def subject_layer(record: Method, dim: int, num_heads: int) -> nn.Module:
     """The layer at the width measured, causal if it can be; an image gate has channels and no heads."""
     if record.tags.input == "image":
         return record.target(dim)
-    return record.create(dim=dim, num_heads=num_heads, **({"causal": True} if record.tags.causal else {}))
+    asked = {"causal": True} if "causal" in inspect.signature(record.target).parameters else {}
+    return record.create(dim=dim, num_heads=num_heads, **asked)
 
 
 def arguments(record: Method, x: Tensor, grid: Grid) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

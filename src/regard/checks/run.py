@@ -21,6 +21,7 @@ from regard.catalog.registry import Kind, Method, Tags
 from regard.checks import (  # noqa: F401
     accelerator,
     controller,
+    declared,
     explainer,
     grids,
     house,

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.claims.claim import Budget, Row, mean_row
-from regard.claims.multi_query_attention import text
 from regard.layers.sequence.coca import CollinearAttention, DynamicNTK
 from regard.nn import Attention, Rotary
 from regard.ops.positions import rotary_angles
+from regard.worlds.text import python_source as text
 
 SEEDS = 3
 DIM, HEADS, DEPTH, TRAINED, BASE, MARKER = 128, 4, 4, 128, 10000.0, 255

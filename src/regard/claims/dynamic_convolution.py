@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.claims.claim import Budget, Row, mean_row
-from regard.claims.multi_query_attention import text
 from regard.layers.sequence.dynamic_convolution import DynamicConvolution, LightweightConvolution
 from regard.nn import Attention
 from regard.ops.positions import sincos
+from regard.worlds.text import python_source as text
 
 SEEDS = 3
 DIM, HEADS, WINDOW, BATCH = 128, 4, 128, 8

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from regard.claims.claim import Budget, Row, mean_row
-from regard.claims.multi_query_attention import WINDOW, fit, text
+from regard.claims.multi_query_attention import WINDOW, fit
 from regard.layers.sequence.head_embeddings import (
     HeadEmbeddingAdded,
     HeadEmbeddingMultiplied,
     projection_parameters,
 )
 from regard.nn import Attention
+from regard.worlds.text import python_source as text
 
 SEEDS = 3
 DIM, HEADS = 128, 8

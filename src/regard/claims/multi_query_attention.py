@@ -13,8 +13,6 @@ at least twice as fast with one key head.
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -25,18 +23,11 @@ from torch import Tensor, nn
 from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.sequence.multi_query_attention import MultiQueryAttention
 from regard.ops.attend import attend
+from regard.worlds.text import python_source as text
 
 SEEDS = 3
 DIM, WINDOW = 128, 64
-MODULES = ("argparse", "ast", "datetime", "doctest", "inspect", "pathlib", "pickle", "subprocess", "tarfile", "typing")
 FORMS = {"multi-head": (4, 4, 512), "multi-query": (4, 1, 608), "single head": (1, 1, 704)}
-
-
-def text() -> Tensor:
-    """The bytes of the modules that this Python has as single files."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    sources = [path.read_bytes() for path in (folder / f"{name}.py" for name in MODULES) if path.exists()]
-    return torch.frombuffer(bytearray(b"".join(sources)), dtype=torch.uint8).long()
 
 
 class Block(nn.Module):

@@ -1,19 +1,21 @@
-"""A short training loop for image classifiers."""
+"""A short training loop on Lightning Fabric, for whatever can say its batches, its loss and its figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from regard.train.checkpoint import load_checkpoint, save_checkpoint
-from regard.worlds.images import Images
+
+Batch = tuple[Tensor, ...]
+Curve = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Recipe:
     """How to train: AdamW, linear warm-up and cosine decay to zero, clipped gradients.
 
     ``warmup`` is a share of all steps, ``clip`` the largest gradient norm. Weight decay is for matrices and kernels only.
+    With ``ema`` above 0 what is measured and kept is the average of the weights, of which every step keeps that share.
     """
 
     epochs: int = 6
@@ -30,12 +33,13 @@ class Recipe:
     warmup: float = 0.1
     clip: float = 1.0
     label_smoothing: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("warmup", "label_smoothing"):
+        for name in ("warmup", "label_smoothing", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
@@ -46,70 +50,66 @@ class Recipe:
             return self.lr * (step + 1) / warm
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-
-@dataclass
-class History:
-    """One entry an epoch: mean training loss, and loss, accuracy and balanced accuracy on the test images.
-
-    ``correct`` says for each test image whether the last epoch's model was right.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-    balanced: list[float] = field(default_factory=list)
-    correct: list[bool] = field(default_factory=list)
+    def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        decayed, plain = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.lr)
 
 
-def evaluate(model: nn.Module, images: Images, batch_size: int = 250) -> tuple[float, float, float, list[bool]]:
-    """Mean cross-entropy, accuracy, accuracy averaged over classes, and for each image whether it was classified rightly."""
-    from torchmetrics.classification import MulticlassAccuracy
+class Task(Protocol):
+    """What there is to learn. Batches depend on epoch and step alone, so that they are the same for every model."""
 
-    device = next(model.parameters()).device
-    micro = MulticlassAccuracy(len(images.classes), average="micro").to(device)
-    macro = MulticlassAccuracy(len(images.classes), average="macro").to(device)
-    loss, correct = 0.0, []
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for index in torch.arange(len(images)).split(batch_size):
-            x, y = (t.to(device) for t in images.batch(index))
-            logits = model(x)
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-            micro.update(logits, y)
-            macro.update(logits, y)
-            correct += (logits.argmax(-1) == y).tolist()
-    model.train(training)
-    return loss / len(images), micro.compute().item(), macro.compute().item(), correct
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        ...
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """Tensors that share their first axis."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean over the first axis of ``batch``."""
+        ...
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Figures on data that is not learned from; nothing is chosen by them."""
+        ...
 
 
-def _order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch depends on nothing but the seed and the epoch: it is the same for every model."""
+def order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch depends on nothing but the seed and the epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def fit(
     model: nn.Module,
-    train: Images,
-    test: Images,
+    task: Task,
     recipe: Recipe,
     *,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     device: str = "cpu",
+    devices: int = 1,
+    nodes: int = 1,
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true",
+    logger: Any = None,
     report: Callable[[dict[str, Any]], None] | None = None,
-) -> History:
-    """Train ``model`` in place and return its curve.
+) -> Curve:
+    """Train ``model`` in place and return its curve: for each figure, and for ``loss``, one number an epoch.
 
     Args:
-        model: from images (b, c, h, w) to logits.
-        train: images to learn from.
-        test: images to measure on after each epoch; nothing is chosen by them.
+        model: what ``task`` knows how to call.
+        task: batches, loss and figures.
         recipe: the optimiser's settings.
-        seed: of the order of the images and of dropout; the model's own initial values are the caller's.
+        seed: of dropout; the model's own initial values are the caller's, the order of the data is the task's.
         checkpoint: file to save the run's state in after each epoch. If it exists the run goes on from there, with the
             same numbers as if it had never stopped.
         device: an accelerator name that Lightning Fabric knows.
+        devices: processes on each machine, all started by ``torchrun`` and with this call; each batch is divided among them.
+        nodes: machines.
+        precision: of the forward pass; mixed forms keep the weights in float32.
+        logger: one logger of Lightning Fabric or several, for CSV files, TensorBoard, ...
         report: called after each epoch with its number and figures.
 
     Raises:
@@ -117,44 +117,65 @@ def fit(
     """
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator=device, devices=1)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
-    history, first = History(), 0
-    torch.manual_seed(seed)
+    strategy = "ddp" if devices * nodes > 1 else "auto"
+    fabric = Fabric(
+        accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision, loggers=logger
+    )
+    if fabric.world_size > 1:
+        fabric.launch()
+    optimizer, curve = recipe.optimizer(model), Curve()
+    average = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+    )
+    kept = {"model": model} if average is None else {"model": model, "average": average}
     network, stepper = fabric.setup(model, optimizer)
     if checkpoint is not None and Path(checkpoint).exists():
-        history = History(**load_checkpoint(checkpoint, model, optimizer))
-        first = len(history.loss)
-    batches = math.ceil(len(train) / recipe.batch_size)
-    steps = recipe.epochs * batches
-    for epoch in range(first, recipe.epochs):
+        curve = load_checkpoint(checkpoint, kept, optimizer)
+    steps = recipe.epochs * len(task)
+    for epoch in range(len(curve.get("loss", [])), recipe.epochs):
+        torch.manual_seed((seed * 1_000_003 + epoch) * fabric.world_size + fabric.global_rank)
         network.train()
-        total = 0.0
-        for i, index in enumerate(_order(len(train), seed, epoch).split(recipe.batch_size)):
+        total, seen = 0.0, 0
+        for i in range(len(task)):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(epoch * batches + i, steps)
-            x, y = (fabric.to_device(t) for t in train.batch(index))
-            loss = F.cross_entropy(network(x), y, label_smoothing=recipe.label_smoothing)
+                group["lr"] = recipe.rate(epoch * len(task) + i, steps)
+            batch = task.batch(epoch, i)
+            mine = tuple(fabric.to_device(t[fabric.global_rank :: fabric.world_size]) for t in batch)
+            loss = task.loss(network, mine)
             stepper.zero_grad()
-            fabric.backward(loss)
+            fabric.backward(loss * (len(mine[0]) * fabric.world_size / len(batch[0])))
             fabric.clip_gradients(network, stepper, max_norm=recipe.clip, error_if_nonfinite=False)
             stepper.step()
-            total += loss.item() * len(index)
-        mean = total / len(train)
+            if average is not None:
+                average.update_parameters(model)
+            total, seen = total + loss.item() * len(mine[0]), seen + len(mine[0])
+        mean = _mean(fabric, total, seen)
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the training loss became {mean} in epoch {epoch + 1}; try a smaller learning rate"
             )
-        test_loss, accuracy, balanced, history.correct = evaluate(network, test)
-        history.loss.append(mean)
-        history.test_loss.append(test_loss)
-        history.accuracy.append(accuracy)
-        history.balanced.append(balanced)
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer, vars(history))
-        if report is not None:
-            report({"epoch": epoch + 1, "epochs": recipe.epochs, "loss": mean, "accuracy": accuracy})
-    return history
+        figures = {"loss": mean, **_measured(task, model if average is None else average.module)}
+        for name, value in figures.items():
+            curve.setdefault(name, []).append(value)
+        fabric.log_dict(figures, step=(epoch + 1) * len(task))
+        if checkpoint is not None and fabric.is_global_zero:
+            save_checkpoint(checkpoint, kept, optimizer, curve)
+        if report is not None and fabric.is_global_zero:
+            report({"epoch": epoch + 1, "epochs": recipe.epochs, **figures})
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+    return curve
+
+
+def _mean(fabric: Any, total: float, seen: int) -> float:
+    sums = fabric.all_reduce(torch.tensor([total, float(seen)], dtype=torch.float64), reduce_op="sum")
+    return (sums[0] / sums[1]).item()
+
+
+def _measured(task: Task, model: nn.Module) -> dict[str, float]:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        figures = task.measure(model)
+    model.train(training)
+    return figures

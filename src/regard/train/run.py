@@ -17,13 +17,28 @@ import torch
 from safetensors.torch import load_file, save
 
 from regard.models import slot
+from regard.train.classify import Classify
 from regard.train.files import write_whole
 from regard.train.loop import Recipe, fit
 from regard.worlds.images import Images, load
 
 
+class Keyed:
+    """A run whose files are named after all that decides its outcome."""
+
+    layer: str
+    seed: int
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the run's files: layer, seed and a digest of all settings, with the version of torch."""
+        settings = json.dumps([asdict(self), torch.__version__], sort_keys=True)  # type: ignore[call-overload]
+        name = re.sub(r"[^\w-]+", "-", self.layer)
+        return f"{name}-{self.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(Keyed):
     """Everything that decides a run's outcome.
 
     ``data`` and ``source`` are digests of the data file and of the layer's code: when either changes, it is another run.
@@ -42,13 +57,6 @@ class Run:
     @classmethod
     def read(cls, facts: dict[str, Any]) -> Run:
         return cls(**{**facts, "depth": tuple(facts["depth"]), "recipe": Recipe(**facts["recipe"])})
-
-    @cached_property
-    def key(self) -> str:
-        """Name of the run's files: layer, seed and a digest of all settings, with the version of torch."""
-        settings = json.dumps([asdict(self), torch.__version__], sort_keys=True)
-        name = re.sub(r"[^\w-]+", "-", self.layer)
-        return f"{name}-{self.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
     def network(self, images: Images) -> slot.SlotNetwork:
         """The untrained network for such images, its initial values drawn from the run's seed."""
@@ -72,7 +80,7 @@ def source(layer: str) -> str:
     return hashlib.sha256(Path(str(sys.modules[module].__file__)).read_bytes()).hexdigest()[:12]
 
 
-def finished(run: Run, folder: str | Path) -> dict[str, Any] | None:
+def finished(run: Keyed, folder: str | Path) -> dict[str, Any] | None:
     """The stored result of exactly this run, or None."""
     file = Path(folder) / f"{run.key}.json"
     return json.loads(file.read_text()) if file.exists() and (file.with_suffix(".safetensors")).exists() else None
@@ -96,14 +104,12 @@ def train(report: Callable[[dict[str, Any]], None], *, run: dict[str, Any], data
     network = this.network(images)
     part = Path(folder) / f"{this.key}.part.safetensors"
     start = time.perf_counter()
-    history = fit(network, images, test, this.recipe, seed=this.seed, checkpoint=part, report=report)
+    task = Classify(images, test, this.recipe, this.seed)
+    curve = fit(network, task, this.recipe, seed=this.seed, checkpoint=part, report=report)
     result = {
         **asdict(this),
-        "loss": history.loss,
-        "test_loss": history.test_loss,
-        "accuracy": history.accuracy,
-        "balanced": history.balanced,
-        "correct": "".join("01"[right] for right in history.correct),
+        **curve,
+        "correct": "".join("01"[right] for right in task.correct(network.eval())),
         "seconds": time.perf_counter() - start,
     }
     weights = {key: value.clone().contiguous() for key, value in network.state_dict().items()}

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from regard.view.comparison import Comparison
+    from regard.view.text_comparison import TextComparison
+
+
+class Task(StrEnum):
+    """What the layers are trained for."""
+
+    images = "images"
+    text = "text"
 
 
 def compare_command(
     data: Annotated[
-        str, typer.Option(help="digits, small-digits, or a folder of images with one sub-folder a class")
-    ] = "digits",
+        str | None,
+        typer.Option(
+            help="digits (default), small-digits, or a folder of images with one sub-folder a class; "
+            "for text: english (default) or a text file"
+        ),
+    ] = None,
+    task: Annotated[Task, typer.Option(help="images: classify them; text: predict and recall")] = Task.images,
     layers: Annotated[
         str | None, typer.Option(help="names with commas between; also module:Class; default: about a dozen")
     ] = None,
@@ -29,21 +46,19 @@ def compare_command(
     from rich.console import Console
 
     from regard.view.compare import compare
+    from regard.view.text import compare_text
 
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     names = None if layers is None else [name.strip() for name in layers.split(",") if name.strip()]
+    same: dict[str, Any] = {"seeds": seeds, "workers": workers, "out": out, "resume": resume, "progress": not as_json}
+    if epochs is not None:
+        same["epochs"] = epochs
+    found: Comparison | TextComparison
     try:
-        found = compare(
-            names,
-            data,
-            seeds=seeds,
-            epochs=epochs,
-            size=size,
-            workers=workers,
-            out=out,
-            resume=resume,
-            progress=not as_json,
-        )
+        if task is Task.text:
+            found = compare_text(names, data or "english", **same)
+        else:
+            found = compare(names, data or "digits", size=size, **same)
     except KeyboardInterrupt as stop:
         errors.print(f"Interrupted: {stop}: add --resume" if str(stop) else "Interrupted.")
         raise typer.Exit(130) from None
@@ -69,7 +84,7 @@ def compare_command(
         for row in found.rows:
             if row.status == "not applicable":
                 errors.print(f"Not applicable: {row.layer}: {row.reason}")
-        if skipped := found.info["data"]["skipped"]:
+        if skipped := found.info["data"].get("skipped"):
             errors.print(f"Skipped: {len(skipped)} images that could not be read, first {skipped[0][0]}")
         console.print(f"report: {out / 'report.html'}")
     if not found.ranked():

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,13 @@ import torch
 from regard.models import slot
 from regard.train.files import write_whole
 from regard.train.loop import Recipe
-from regard.train.pool import Call, Event, cores, run_calls
-from regard.train.run import Run, finished, source, trained
+from regard.train.pool import Call, cores
+from regard.train.run import Run, source, trained
 from regard.view.bars import Bars
 from regard.view.comparison import Comparison, Row, read_cost, read_scaling
 from regard.view.maps import received
+from regard.view.runs import Runs, machine, measure
+from regard.view.runs import names as layer_names
 from regard.worlds.digits import digits, small_digits
 from regard.worlds.folders import Folder
 from regard.worlds.images import Images, pack
@@ -51,22 +50,6 @@ def _open(data: str | Path, size: int) -> tuple[str, Images, Images, list[tuple[
     return folder.root.resolve().name, *folder.split(), folder.skipped
 
 
-def _names(layers: Sequence[str | type] | None) -> list[str]:
-    names = []
-    for layer in LAYERS if layers is None else layers:
-        if isinstance(layer, type):
-            if layer.__module__ == "__main__":
-                raise ValueError(
-                    f"{layer.__name__} is defined in the script itself; put it into a module, so that workers find it"
-                )
-            layer = f"{layer.__module__}:{layer.__qualname__}"
-        slot.mixer(layer)
-        names.append(layer)
-    if not names:
-        raise ValueError("layers is empty; give at least one")
-    return list(dict.fromkeys(names))
-
-
 def _family(name: str) -> str:
     if name in slot.BASELINES:
         return "baseline"
@@ -84,23 +67,6 @@ def _probe(run: Run, images: Images) -> str:
     return ""
 
 
-def _machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    versions = {
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    return {"processor": name, "cores": cores(), "memory": memory, **versions}
-
-
 def _costs(runs: list[Run], data: str, folder: Path, resume: bool, sides: Sequence[int], bars: Bars) -> dict[str, Any]:
     """Cost and scaling by layer; a layer whose measuring kills the process takes the others' figures with it."""
     arguments = {
@@ -114,15 +80,10 @@ def _costs(runs: list[Run], data: str, folder: Path, resume: bool, sides: Sequen
     file = folder / f"cost-{digest}.json"
     if resume and file.exists():
         return json.loads(file.read_text())
-    bars.measure()
-    with closing(run_calls([Call("cost", "regard.view.measure:costs", arguments)], 1)) as events:
-        for event in events:
-            if event.kind == "progress":
-                bars.measured(event.facts)
-            elif event.kind == "failed":
-                return {"failed": event.facts["reason"]}
-    write_whole(file, json.dumps(event.facts["result"]))
-    return event.facts["result"]
+    result = measure(Call("cost", "regard.view.measure:costs", arguments), bars)
+    if "failed" not in result:
+        write_whole(file, json.dumps(result))
+    return result
 
 
 def compare(
@@ -180,7 +141,7 @@ def compare(
     started = time.time()
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be positive")
-    names = _names(layers)
+    names = layer_names(LAYERS if layers is None else tuple(layers), slot.mixer)
     title, train, test, skipped = _open(data, size)
     c, *shape = train.shape
     if patch is None:
@@ -207,42 +168,29 @@ def compare(
                 rows[name].status, rows[name].reason = "not applicable", reason
                 break
             runs[run.key] = run
-    results = {key: found for key, run in runs.items() if resume and (found := finished(run, folder))}
-    calls = []
-    for key in [key for key in runs if key not in results]:
-        if not resume:
-            (folder / f"{key}.part.safetensors").unlink(missing_ok=True)
-        arguments = {"run": asdict(runs[key]), "data": file, "folder": str(folder.resolve())}
-        calls.append(Call(key, "regard.train.run:train", arguments))
-    failures: list[dict[str, str]] = []
-
-    def take(event: Event, bars: Bars) -> None:
-        if event.kind == "progress":
-            bars.trained(1, f"{runs[event.key].layer} {100 * event.facts['accuracy']:.1f} %")
-        elif event.kind == "done":
-            results[event.key] = event.facts["result"]
-        else:
-            run = runs[event.key]
-            failures.append({"layer": run.layer, "seed": str(run.seed), **event.facts})
-
+    made = Runs(runs, folder, resume)
     try:
         with Bars(progress, len(runs) * epochs) as bars:
-            bars.trained(len(results) * epochs)
-            with closing(run_calls(calls, workers or cores())) as events:
-                for event in events:
-                    take(event, bars)
+            made.make(
+                "regard.train.run:train",
+                {"data": file},
+                workers or cores(),
+                bars,
+                epochs,
+                lambda facts: f"{100 * facts['accuracy']:.1f} %",
+            )
             for key, run in runs.items():
-                if key in results:
-                    rows[run.layer].runs.append(results[key])
-            for failure in failures:
+                if key in made.results:
+                    rows[run.layer].runs.append(made.results[key])
+            for failure in made.failures:
                 row = rows[failure["layer"]]
                 if not row.runs:
                     row.status, row.reason = "failed", failure["reason"]
-            firsts = list({run.layer: run for key, run in reversed(runs.items()) if key in results}.values())[::-1]
+            firsts = list({run.layer: run for key, run in reversed(runs.items()) if key in made.results}.values())[::-1]
             measured = _costs(firsts, file, folder, resume, sides, bars) if firsts else {}
     except KeyboardInterrupt:
-        kept = f"{len(results)} of {len(runs)} runs are finished and kept in {folder}"
-        raise KeyboardInterrupt(f"{kept}; the same call with resume goes on from there") from None
+        raise made.interrupted() from None
+    failures = made.failures
     if "failed" in measured:
         failures.append({"layer": "measuring", "seed": "", "reason": measured["failed"], "traceback": ""})
     for name, found in measured.items():
@@ -255,9 +203,9 @@ def compare(
     info = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": time.time() - started,
-        "reused": len(runs) - len(calls),
+        "reused": made.reused,
         "out": str(out),
-        "machine": _machine(),
+        "machine": machine(),
         "data": {
             "name": title,
             "classes": list(train.classes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -33,16 +34,19 @@ def reading(comparison: Comparison) -> str:
     )
 
 
+def failed(failures: Sequence[Mapping[str, str]]) -> str:
+    """The runs that failed, with their tracebacks folded away; nothing if there are none."""
+    items = "".join(
+        f"<li><b>{escape(f['layer'])}</b>, seed {escape(f['seed'])}: {escape(f['reason'])}"
+        f"<details><summary>traceback</summary><pre>{escape(f['traceback'])}</pre></details></li>"
+        for f in failures
+    )
+    return f'<h2 id="failures">Runs that failed</h2><ul>{items}</ul>' if items else ""
+
+
 def failures(comparison: Comparison) -> str:
     skipped = comparison.info["data"]["skipped"]
-    parts = []
-    if comparison.failures:
-        items = "".join(
-            f"<li><b>{escape(f['layer'])}</b>, seed {escape(f['seed'])}: {escape(f['reason'])}"
-            f"<details><summary>traceback</summary><pre>{escape(f['traceback'])}</pre></details></li>"
-            for f in comparison.failures
-        )
-        parts.append(f'<h2 id="failures">Runs that failed</h2><ul>{items}</ul>')
+    parts = [failed(comparison.failures)]
     if skipped:
         items = "".join(f"<li>{escape(path)}: {escape(reason)}</li>" for path, reason in skipped[:50])
         more = f"<p>and {len(skipped) - 50} more</p>" if len(skipped) > 50 else ""

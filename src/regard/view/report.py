@@ -47,7 +47,7 @@ def html(comparison: Comparison) -> str:
     )
 
 
-def _both(draw: Callable[[float], Chart], wide: float) -> str:
+def both(draw: Callable[[float], Chart], wide: float) -> str:
     """A chart drawn twice, for wide and for narrow screens: text keeps its size, the style sheet shows one of them."""
     return f'<div class="wide">{draw(wide)}</div><div class="narrow">{draw(350.0)}</div>'
 
@@ -99,7 +99,7 @@ def _pareto(comparison: Comparison) -> str:
 <p class="soft">Up is more accurate (spaced by the logarithm of the error), left is faster. Small dots are single seeds, marks
 their mean; filled marks, joined by the dashed line, are the front: no layer is both faster and more accurate. Point at anything
 for its figures.</p>
-<div class="card">{_key(comparison.measured())}{_both(lambda width: charts.pareto(comparison, width), 1050.0)}</div>"""
+<div class="card">{_key(comparison.measured())}{both(lambda width: charts.pareto(comparison, width), 1050.0)}</div>"""
 
 
 def _table(comparison: Comparison) -> str:
@@ -189,7 +189,7 @@ def _growth(comparison: Comparison) -> str:
     cards = ""
     for what, part in shown.items():
         if part:
-            chart = _both(partial(charts.growth, part, what), 540.0)
+            chart = both(partial(charts.growth, part, what), 540.0)
             cards += f'<div class="card"><h3>{what.capitalize()}</h3>{chart}</div>'
     if not cards:
         return ""

@@ -76,8 +76,8 @@ class MixtureOfHeads(Attention, ABC):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        shared_heads: int = 2,
-        active_heads: int = 4,
+        shared_heads: int | None = None,
+        active_heads: int | None = None,
         context_dim: int | None = None,
         causal: bool = False,
         bias: bool = True,
@@ -86,6 +86,8 @@ class MixtureOfHeads(Attention, ABC):
         super().__init__(
             dim, num_heads, num_kv_heads, head_dim, context_dim=context_dim, causal=causal, bias=bias, dropout=dropout
         )
+        shared_heads = num_heads // 4 if shared_heads is None else shared_heads
+        active_heads = max(1, num_heads // 2) if active_heads is None else active_heads
         if min(shared_heads, active_heads) < 0 or not 1 <= shared_heads + active_heads <= num_heads:
             raise ValueError(
                 f"shared_heads={shared_heads} and active_heads={active_heads} must add up to 1 .. num_heads={num_heads}"
@@ -178,8 +180,8 @@ class MixtureOfHeadAttention(MixtureOfHeads):
         num_heads: query heads, the shared ones first.
         num_kv_heads: heads of keys and values, dividing ``num_heads``; default ``num_heads``.
         head_dim: channels of one head, d; default ``dim // num_heads``.
-        shared_heads: S, always on; all of them with ``active_heads=0``.
-        active_heads: K, routed heads that are on for a token.
+        shared_heads: S, always on; all of them with ``active_heads=0``; default a quarter of the heads.
+        active_heads: K, routed heads that are on for a token; default half of the heads.
         context_dim: channels of ``context``; default ``dim``.
         causal: no token looks at a later one.
         bias: of the projections to q, k and v; routers have none.

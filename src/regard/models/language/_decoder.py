@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from regard.nn.attention import Attention
 from regard.nn.blocks import MLP
-from regard.nn.cache import KVCache
+from regard.nn.cache import Cache
 
 States = Sequence[Tensor]
-Held = Sequence[KVCache | None]
+Held = Sequence[Cache | None]
 
 
 @dataclass
 class DecoderCache:
     """Keys and values of every attention, block by block, and how many tokens they are of."""
 
-    blocks: list[list[KVCache]]
+    blocks: list[list[Cache]]
     length: int = 0
 
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, causal=True, dropout=dropout)
         self.mlp = MLP(dim, mlp_dim)
 
-    def new_cache(self, batch: int, capacity: int, **where: Any) -> list[KVCache]:
+    def new_cache(self, batch: int, capacity: int, **where: Any) -> list[Cache]:
         return [self.attn.new_cache(batch, capacity, **where)]
 
     def attend(self, x: Tensor, states: States, start: int, mask: Tensor | None, cache: Held) -> Tensor:

@@ -13,7 +13,7 @@ from regard.catalog.registry import Tags, method
 from regard.models.language._decoder import Block, DecoderLM, Held, States
 from regard.nn.attention import Attention
 from regard.nn.blocks import MLP
-from regard.nn.cache import KVCache
+from regard.nn.cache import Cache
 
 
 def by_depth(weights: Float[Tensor, "b h l sk"], taps: int) -> Float[Tensor, "b h l k s"]:
@@ -76,7 +76,7 @@ class Shortcut(nn.Module):
         return seen.repeat_interleave(len(self.taps), -1)
 
     def forward(
-        self, x: Tensor, states: States, start: int, mask: Bool[Tensor, "b s"] | None, cache: KVCache | None
+        self, x: Tensor, states: States, start: int, mask: Bool[Tensor, "b s"] | None, cache: Cache | None
     ) -> Tensor:
         allowed = self.visible(x.shape[1], start, mask, x.device)
         return self.attn(self.norm(x), self.memory(states), mask=allowed, cache=cache)
@@ -89,7 +89,7 @@ class ShortcutBlock(Block):
         super().__init__(dim, num_heads, mlp_dim, dropout)
         self.shortcut = shortcut
 
-    def new_cache(self, batch: int, capacity: int, **where: Any) -> list[KVCache]:
+    def new_cache(self, batch: int, capacity: int, **where: Any) -> list[Cache]:
         wide = self.shortcut.attn.new_cache(batch, len(self.shortcut.taps) * capacity, **where)
         return [*super().new_cache(batch, capacity, **where), wide]
 
@@ -106,7 +106,7 @@ class CrossBlock(nn.Module):
         self.shortcut, self.norm2, self.mlp = shortcut, nn.LayerNorm(dim), MLP(dim, mlp_dim)
         self.drop = nn.Dropout(dropout)
 
-    def new_cache(self, batch: int, capacity: int, **where: Any) -> list[KVCache]:
+    def new_cache(self, batch: int, capacity: int, **where: Any) -> list[Cache]:
         return [self.shortcut.attn.new_cache(batch, len(self.shortcut.taps) * capacity, **where)]
 
     def forward(self, x: Tensor, states: States, start: int, mask: Tensor | None, cache: Held) -> Tensor:

@@ -1,0 +1,103 @@
+"""Averaged weights, logs, and two processes that learn what one does."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from regard.train.classify import Classify
+from regard.train.loop import Recipe, fit
+from regard.worlds.images import Images
+
+RECIPE = Recipe(epochs=3, batch_size=8, lr=1e-2)
+
+
+def world(n: int) -> Images:
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.arange(n) % 3
+    pixels = torch.randint(0, 90, (n, 1, 6, 5), generator=generator)
+    pixels[torch.arange(n), 0, labels] += 150
+    return Images(pixels.to(torch.uint8), labels, ("a", "b", "c"), (70.0,), (60.0,))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def task(recipe: Recipe = RECIPE) -> Classify:
+    return Classify(world(42), world(30), recipe, seed=3)
+
+
+def test_averaged_weights_are_measured_and_kept(tmp_path: Path) -> None:
+    """Fed back by hand: a' = e a + (1 - e) w after every step, the first step starting it."""
+    recipe = Recipe(epochs=2, batch_size=8, lr=1e-2, ema=0.9)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Spy(Classify):
+        def batch(self, epoch: int, step: int) -> tuple[torch.Tensor, ...]:
+            seen.append({key: value.clone() for key, value in plain.state_dict().items()})
+            return super().batch(epoch, step)
+
+    plain = network()
+    fit(plain, Spy(world(42), world(30), RECIPE, 3), Recipe(epochs=2, batch_size=8, lr=1e-2))
+    seen.append(plain.state_dict())
+    expected = dict(seen[1])
+    for weights in seen[2:]:
+        expected = {key: 0.9 * value + 0.1 * weights[key] for key, value in expected.items()}
+    averaged = network()
+    curve = fit(averaged, task(recipe), recipe)
+    torch.testing.assert_close(dict(averaged.state_dict()), expected, rtol=1e-5, atol=1e-6)
+    assert curve["test_loss"][-1] == pytest.approx(task(recipe).measure(averaged)["test_loss"])
+
+    def stop(facts: dict[str, float]) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(network(), task(recipe), recipe, checkpoint=tmp_path / "c", report=stop)
+    resumed = network()
+    assert fit(resumed, task(recipe), recipe, checkpoint=tmp_path / "c") == curve
+    torch.testing.assert_close(resumed.state_dict(), averaged.state_dict(), rtol=0, atol=0)
+
+
+def test_figures_are_logged(tmp_path: Path) -> None:
+    from lightning_fabric.loggers import CSVLogger
+
+    logger = CSVLogger(str(tmp_path), "run")
+    curve = fit(network(), task(), RECIPE, logger=logger)
+    logger.finalize("success")
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [6, 12, 18]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(curve["loss"])
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    program = tmp_path / "spread.py"
+    program.write_text(
+        f"import sys, importlib.util; sys.path[:0] = {sys.path!r}\n"
+        f"spec = importlib.util.spec_from_file_location('this', {__file__!r})\n"
+        "this = importlib.util.module_from_spec(spec); spec.loader.exec_module(this)\n"
+        "import json, torch; from safetensors.torch import save_file\n"
+        "torch.set_num_threads(1); model = this.network()\n"
+        "curve = this.fit(model, this.task(), this.RECIPE, devices=2)\n"
+        "if torch.distributed.get_rank() == 0:\n"
+        f"    save_file(model.state_dict(), {str(tmp_path / 'w.safetensors')!r})\n"
+        f"    open({str(tmp_path / 'curve.json')!r}, 'w').write(json.dumps(curve))\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    alone = network()
+    curve = fit(alone, task(), RECIPE)
+    got = load_file(tmp_path / "w.safetensors")
+    torch.testing.assert_close(got, dict(alone.state_dict()), rtol=1e-4, atol=1e-6)
+    import json
+
+    assert json.loads((tmp_path / "curve.json").read_text())["loss"] == pytest.approx(curve["loss"], rel=1e-4)
