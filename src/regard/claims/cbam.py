@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.claims._recipe import accuracy, epochs, train
 from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.cnn.cbam import CBAM, ChannelGate
 
@@ -94,35 +95,6 @@ def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     return images, label, mask
 
 
-def fit(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epochs: int,
-    generator: torch.Generator,
-    peak: float = 4e-3,
-) -> None:
-    """Adam in batches of 64, one cycle of the rate, ``peak`` at most."""
-    optimiser = torch.optim.Adam(model.parameters(), lr=peak, weight_decay=1e-4)
-    steps = epochs * math.ceil(len(images) / 64)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=generator).split(64):
-            optimiser.zero_grad()
-            F.cross_entropy(model(images[index]), labels[index]).backward()
-            optimiser.step()
-            rate.step()
-    model.eval()
-
-
-@torch.no_grad()
-def error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Per cent of images classified wrongly."""
-    said = torch.cat([model(part).argmax(1) for part in images.split(256)])
-    return 100 * (said != labels).double().mean().item()
-
-
 def area_under_curve(scores: Tensor, positive: Tensor) -> float:
     """Probability that a positive pixel scores above another, by ranks."""
     order = scores.flatten().argsort()
@@ -150,7 +122,7 @@ def spatial_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (4000, 2000, 8)
+    count, tested, steps = (16, 16, 1) if budget == "smoke" else (4000, 2000, 250)
     gates: dict[str, Gate] = {
         "plain": lambda dim: nn.Identity(),
         "channel": lambda dim: ChannelGate(dim, 4),
@@ -165,8 +137,8 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         for name, gate in gates.items():
             torch.manual_seed(seed)
             model = resnet(gate, 6)
-            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed))
-            errors[name].append(error(model, test, truth))
+            train(model, epochs(images, labels, torch.Generator().manual_seed(seed)), steps, lr=4e-3)
+            errors[name].append(100 - accuracy(model, test, truth))
         found = spatial_map(model, test[:256])
         areas.append(sum(area_under_curve(m, mask) for m, mask in zip(found, masks)) / len(found))
     mean = {name: sum(values) / len(values) for name, values in errors.items()}

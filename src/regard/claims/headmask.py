@@ -12,14 +12,15 @@ is lower by half a point at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from itertools import count
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.claims._recipe import train
 from regard.claims.claim import Budget, Row, mean_row
 from regard.core.site import sites
 from regard.nn.attention import Attention
@@ -29,6 +30,7 @@ from regard.objectives.headmask import HeadMask, ImportantHeadMask, RandomHeadMa
 SEEDS = 3
 LENGTH, NUMBERS, START = 16, 8, 20
 DIM, HEADS, LAYERS = 64, 8, 2
+UNMASKED = 1 / 3
 
 
 class Layer(nn.Module):
@@ -51,7 +53,7 @@ class Translator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(START + 1, DIM)
-        self.places = nn.Parameter(0.1 * torch.randn(LENGTH, DIM))
+        self.places = nn.Parameter(torch.randn(LENGTH, DIM))
         self.encoder = nn.ModuleList(Layer(decoder=False) for _ in range(LAYERS))
         self.decoder = nn.ModuleList(Layer(decoder=True) for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 10)
@@ -76,28 +78,28 @@ def sentences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return source.scatter(1, where, numbers), numbers.flip(1)
 
 
-def train(
-    mask: Callable[[dict[str, int]], HeadMask] | None, seed: int, steps: int
-) -> tuple[Translator, dict[str, int]]:
+def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield sentences(64, generator)
+
+
+def fit(mask: Callable[[dict[str, int]], HeadMask] | None, seed: int, steps: int) -> tuple[Translator, dict[str, int]]:
     torch.manual_seed(seed)
     model = Translator()
     world = torch.Generator().manual_seed(6000 + seed)
     heads = {s.name: s.heads for s in sites(model, *sentences(2, world)).verified}
     masked = None if mask is None else mask(heads)
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    taken = count()
 
     def loss(source: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(model(source, target).flatten(0, 1), target.flatten())
 
-    for _ in range(steps):
-        batch = sentences(64, world)
-        optimiser.zero_grad()
-        with nullcontext(loss(*batch)) if masked is None else masked.step(model, loss, *batch) as value:
-            value.backward()
-        optimiser.step()
-        rate.step()
-    return model.eval(), heads
+    def step(source: Tensor, target: Tensor) -> Tensor:
+        whole = next(taken) < UNMASKED * steps
+        return loss(source, target) if whole or masked is None else masked(model, loss, source, target)
+
+    train(model, batches(world), steps, lr=2e-3, loss=step)
+    return model, heads
 
 
 def measure(model: Translator, heads: dict[str, int], source: Tensor, target: Tensor) -> dict[str, float]:
@@ -129,7 +131,7 @@ def run(budget: Budget, seeds: int) -> list[Row]:
     for seed in range(seeds):
         unseen = sentences(tested, torch.Generator().manual_seed(7000 + seed))
         for name, mask in masks.items():
-            found[name].append(measure(*train(mask, seed, steps), *unseen))
+            found[name].append(measure(*fit(mask, seed, steps), *unseen))
     rows = []
     plain = {key: [m[key] for m in found["none"]] for key in ("accuracy", "loss", "gini")}
     for name in ("random", "important"):

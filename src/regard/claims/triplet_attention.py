@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from regard.claims.cbam import Gate, clutter, error, fit, resnet
+from regard.claims._recipe import accuracy, epochs, train
+from regard.claims.cbam import Gate, clutter, resnet
 from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.cnn.cbam import CBAM, SpatialGate
 from regard.layers.cnn.triplet_attention import TripletAttention
@@ -62,8 +63,8 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         for name, gate in gates.items():
             torch.manual_seed(seed)
             model = resnet(gate, 4)
-            fit(model, images, labels, epochs, torch.Generator().manual_seed(seed))
-            found[name].append(100 - error(model, test, truth))
+            train(model, epochs(images, labels, torch.Generator().manual_seed(seed), reach=0), steps, lr=4e-3)
+            found[name].append(accuracy(model, test, truth))
     mean = {name: sum(values) / seeds for name, values in found.items()}
     ours, ratio = found["triplet"], parameters(gates["cbam"], RESNET50) / parameters(gates["triplet"], RESNET50)
     return [

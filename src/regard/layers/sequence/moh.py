@@ -93,9 +93,7 @@ class MixtureOfHeads(Attention, ABC):
                 f"shared_heads={shared_heads} and active_heads={active_heads} must add up to 1 .. num_heads={num_heads}"
             )
         if not active_heads and shared_heads < num_heads:
-            raise ValueError(
-                f"active_heads=0 leaves num_heads={num_heads} - shared_heads={shared_heads} that never act"
-            )
+            raise ValueError(f"active_heads=0 leaves {num_heads - shared_heads} of num_heads={num_heads} never on")
         self.shared_heads, self.active_heads = shared_heads, active_heads
         self.add_routers()
 

@@ -1,0 +1,68 @@
+"""One way to train the small networks of claims: AdamW, a linear warm-up and a cosine to zero, clipped gradients.
+
+Batches of 128; images are moved by up to 2 pixels, anew in every epoch. Weight decay is for matrices and kernels only. Batch
+norms get the mean statistics of the last weights, as a running mean of small momentum has not arrived after a few hundred steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from regard.train.loop import Recipe
+
+BATCH, SETTLING = 128, 20
+Batches = Iterator[tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def shifted(x: Float[Tensor, "b c h w"], reach: int, generator: torch.Generator) -> Float[Tensor, "b c h w"]:
+    """Each image moved by up to ``reach`` pixels along either axis; its edge is repeated where nothing was."""
+    (b, c, h, w), padded = x.shape, F.pad(x, (reach,) * 4, mode="replicate")
+    top, left = torch.randint(2 * reach + 1, (2, b, 1), generator=generator)
+    rows, columns = (top + torch.arange(h))[:, None, :, None], (left + torch.arange(w))[:, None, None, :]
+    return padded[torch.arange(b)[:, None, None, None], torch.arange(c)[:, None, None], rows, columns]
+
+
+def epochs(x: Tensor, y: Tensor, generator: torch.Generator, *, reach: int = 2) -> Batches:
+    """Shuffled batches of images and labels, epoch after epoch without end."""
+    while True:
+        for index in torch.randperm(len(x), generator=generator).split(BATCH):
+            yield shifted(x[index], reach, generator), y[index]
+
+
+def train(model: nn.Module, batches: Batches, steps: int, lr: float, loss: Loss | None = None) -> None:
+    """Take ``steps`` steps in place and leave the model in ``eval``.
+
+    Args:
+        batches: inputs and labels.
+        lr: the highest rate of learning.
+        loss: of one batch; default the cross-entropy of the model's logits.
+    """
+    recipe = Recipe(lr=lr)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=lr)
+    model.train()
+    for step, (x, y) in enumerate(islice(batches, steps)):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.rate(step, steps)
+        optimiser.zero_grad()
+        (F.cross_entropy(model(x), y) if loss is None else loss(x, y)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimiser.step()
+    update_bn(islice(batches, SETTLING), model)
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the inputs, in per cent, whose likeliest class is the right one."""
+    said = torch.cat([model(part).argmax(-1) for part in x.split(250)])
+    return 100 * (said == y).double().mean().item()
