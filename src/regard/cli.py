@@ -219,10 +219,20 @@ def reproduce(
     budget: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "cpu",
     seeds: Annotated[int | None, typer.Option(help="Default the claim's own.")] = None,
     out: Annotated[str, typer.Option(help="Folder of the results.")] = "results",
+    draw: Annotated[bool, typer.Option("--plot", help="Draw the papers' studies into --out instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Re-run the central claim of papers and store what came out; exit code 1 when one is not met."""
     from rich.console import Console
+
+    if draw:
+        from regard.claims.plot import plot
+
+        with _bad_input():
+            for slug in slugs or []:
+                path, said = plot(slug, out)
+                typer.echo(f"{path}: {said}")
+        return
 
     from regard.claims.reproduce import claims, stored
     from regard.claims.reproduce import reproduce as run

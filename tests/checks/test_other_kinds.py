@@ -77,6 +77,30 @@ class Study:
         assert scale == "toy"
         return [{"layer": "a", "depth": 1, "loss": 0.5}, {"layer": "b", "depth": 2, "loss": 0.7}]
 
+    def plot(self, table: list[dict[str, Any]]) -> Any:
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.subplots().plot([row["loss"] for row in table])
+        return figure
+
+    def finding(self, table: list[dict[str, Any]]) -> str:
+        return f"Depth 2 has a loss of {table[1]['loss']}."
+
+
+class DrawsNothing(Study):
+    def plot(self, table: list[dict[str, Any]]) -> Any:
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.subplots()
+        return figure
+
+
+class SaysNothing(Study):
+    def finding(self, table: list[dict[str, Any]]) -> str:
+        return "Deeper is larger."
+
 
 class Untyped(Study):
     def run(self, scale: str) -> list[dict[str, Any]]:
@@ -225,6 +249,8 @@ BROKEN: list[tuple[Any, Any, str, str]] = [
     ("study", NotANumber, "study_table_is_typed", "is nan"),
     ("study", NoRows, "study_table_is_typed", "empty"),
     ("study", Untrue, "study_claims_hold", "['smaller']"),
+    ("study", DrawsNothing, "is_drawn_and_said", "drew nothing"),
+    ("study", SaysNothing, "is_drawn_and_said", "expected figures"),
     ("study", ClaimsNothing, "study_claims_hold", "claims nothing"),
     ("explainer", NoGrid, "map_is_on_the_grid", "expected (..., 3, 4)"),
     ("explainer", Restless, "map_is_on_the_grid", "gives another map"),

@@ -54,3 +54,13 @@ def check_study_claims_hold(method: Method) -> None:
     assert study.claims, "the study claims nothing"
     wrong = [name for name, holds in study.claims.items() if not holds(table)]
     assert not wrong, f"not true of the toy run: {wrong}"
+
+
+@contract("study")
+def check_is_drawn_and_said(method: Method) -> None:
+    """``plot`` draws a figure with something in it, and ``finding`` says what the table shows in one sentence."""
+    study, table, _ = _toy(method)
+    assert any(axes.has_data() for axes in study.plot(table).axes), "plot drew nothing"
+    said = study.finding(table)
+    assert said.endswith("."), f"finding is {said!r}, expected a sentence"
+    assert any(c.isdigit() for c in said), f"finding is {said!r}, expected figures in it"

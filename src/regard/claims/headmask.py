@@ -1,9 +1,13 @@
 """Silencing heads in training makes a translation model depend on single heads less, at no cost in accuracy.
 
 Set-up: a sentence of 16 words holds 8 number words in random places among distractors; its translation is the
-numbers, last first. An encoder and a decoder of 2 layers each (64 channels, 8 heads, 48 heads in all), 1,200 steps of Adam,
-batches of 64, taught with the right beginning. Compared: no mask, 6 heads (an eighth) silenced at random, the 6 most important
-silenced. Importance, and accuracy over the words of 512 unseen sentences, are measured with all heads.
+numbers, last first. An encoder and a decoder of 2 layers each (64 channels, 8 heads, 48 heads in all), 600 steps of the
+recipe, batches of 64, taught with the right beginning. Compared: no mask, 6 heads (an eighth) silenced at random, the 6 most
+important silenced. Importance, and accuracy over the words of 512 unseen sentences, are measured with all heads.
+
+Heads are silenced in the first two thirds of the steps, with either mask. To the end would not do for the important ones: the
+others learn to answer without them, which makes the loss the more sensitive to their return, so that the same four or
+five heads are silenced in nearly every step, and all heads together are right in 60 % of the words.
 
 Bar, with three seeds, for either mask: the Gini coefficient of the importance is lower than without a mask in two
 seeds of three at least; taking the most important head away costs at most 0.7 of what it costs without a mask; accuracy
@@ -30,7 +34,7 @@ from regard.objectives.headmask import HeadMask, ImportantHeadMask, RandomHeadMa
 SEEDS = 3
 LENGTH, NUMBERS, START = 16, 8, 20
 DIM, HEADS, LAYERS = 64, 8, 2
-UNMASKED = 1 / 3
+SILENCED = 2 / 3
 
 
 class Layer(nn.Module):
@@ -95,7 +99,7 @@ def fit(mask: Callable[[dict[str, int]], HeadMask] | None, seed: int, steps: int
         return F.cross_entropy(model(source, target).flatten(0, 1), target.flatten())
 
     def step(source: Tensor, target: Tensor) -> Tensor:
-        whole = next(taken) < UNMASKED * steps
+        whole = next(taken) >= SILENCED * steps
         return loss(source, target) if whole or masked is None else masked(model, loss, source, target)
 
     train(model, batches(world), steps, lr=2e-3, loss=step)
@@ -121,7 +125,7 @@ def measure(model: Translator, heads: dict[str, int], source: Tensor, target: Te
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    steps, tested = (2, 16) if budget == "smoke" else (1200, 512)
+    steps, tested = (2, 16) if budget == "smoke" else (600, 512)
     masks: dict[str, Callable[[dict[str, int]], HeadMask] | None] = {
         "none": None,
         "random": lambda heads: RandomHeadMask(heads, sum(heads.values()) // 8),

@@ -44,16 +44,17 @@ def shuffle(x: Tensor, order: Tensor) -> Tensor:
 
 
 class Pixels(nn.Module):
-    """A Perceiver on images whose pixels carry the positions that they had before the permutation."""
+    """A Perceiver on images whose pixels carry the features of the positions that they had before the permutation."""
 
     def __init__(self, order: Tensor, repeats: int = 2, shared: bool = True) -> None:
         super().__init__()
-        sizes = {"dim": 64, "num_heads": 4, "num_latents": 24, "depth": 2, "bands": BANDS, "max_freq": float(SIDE)}
-        self.model = Perceiver(1, 10, repeats=repeats, shared=shared, **sizes)  # type: ignore[arg-type]
-        self.positions = grid_coordinates((SIDE, SIDE))[order]
+        sizes = {"dim": 64, "num_heads": 4, "num_latents": 24, "depth": 2, "axes": 0, "repeats": repeats}
+        self.model = Perceiver(1 + FEATURES, 10, shared=shared, **sizes)
+        self.features = fourier_features(grid_coordinates((SIDE, SIDE)), BANDS, float(SIDE))[order]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.flatten(2).transpose(1, 2), positions=self.positions)
+        x = x.flatten(2).transpose(1, 2)
+        return self.model(torch.cat([x, self.features.expand(len(x), -1, -1)], -1))
 
 
 def with_features(x: Tensor) -> Tensor:
@@ -85,25 +86,6 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(with_features(x))
-
-
-def accuracy(model: nn.Module, data: tuple[Tensor, ...], seed: int, steps: int) -> float:
-    """Train, and say how many per cent of the test images are right."""
-    x, y, test, truth = data
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    order = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        index = torch.randint(len(x), (64,), generator=order)
-        optimiser.zero_grad()
-        F.cross_entropy(model(x[index]), y[index]).backward()
-        optimiser.step()
-        rate.step()
-    model.eval()
-    with torch.no_grad():
-        said = torch.cat([model(part).argmax(1) for part in test.split(250)])
-    return 100 * (said == truth).double().mean().item()
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:

@@ -33,7 +33,7 @@ def claims() -> list[str]:
     """Slugs whose claim can be run."""
     folder = Path(__file__).parent
     return sorted(
-        p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem not in ("__init__", "claim", "reproduce")
+        p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem not in ("claim", "plot", "reproduce") and not p.stem.startswith("_")
     )
 
 

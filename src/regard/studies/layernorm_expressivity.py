@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import method
 from regard.studies.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ARMS = {"none": (False, False), "project": (True, False), "scale": (False, True), "layer norm": (True, True)}
 
@@ -193,3 +196,27 @@ class LayerNormExpressivity:
         sizes = [(4, 16, 6), (4, 64, 2)] if scale == "toy" else [(4, 16, 40), (4, 64, 20), (4, 128, 20), (8, 128, 20)]
         rows = [row for dim, count, runs in sizes for row in random_keys(dim, count, runs, seed)]
         return Table.build("Keys that no query selects", rows, self.claims)
+
+    def finding(self, table: Table) -> str:
+        """The table in one sentence."""
+        dim, count = table.column("dim")[-1], table.column("keys")[-1]
+        none, scaled = (_share(table, arm, dim=dim, keys=count)[0] for arm in ("none", "layer norm"))
+        return (
+            f"Of {count} random keys in {dim} dimensions no query selects {100 * none:.0f} %; "
+            f"after layer norm {100 * scaled:.0f} %."
+        )
+
+    def plot(self, table: Table) -> Figure:
+        """Shares that cannot be selected, a group of bars for each number of keys."""
+        from matplotlib.figure import Figure
+
+        groups = list(dict.fromkeys(zip(table.column("dim"), table.column("keys"))))
+        figure = Figure(figsize=(2.5 + 1.6 * len(groups), 3), layout="constrained")
+        axes = figure.subplots()
+        for i, arm in enumerate(ARMS):
+            heights = [_share(table, arm, dim=dim, keys=count)[0] for dim, count in groups]
+            axes.bar([g + (i - 1.5) / 5 for g in range(len(groups))], heights, 0.2, label=arm)
+        axes.set_xticks(range(len(groups)), [f"{count} keys, {dim} dimensions" for dim, count in groups])
+        axes.set_ylabel("share that no query selects")
+        axes.legend(title="norm")
+        return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from regard.catalog.registry import method
 from regard.studies.table import Table, Value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def effective_rank(logits: Float[Tensor, "*r n s"], tol: float = 1e-10) -> Int[Tensor, "*r"]:
@@ -163,6 +166,26 @@ class LowRankBottleneck:
             left, rank = fit_pattern(n, 2 * n, head_dim, seed, steps=steps)
             rows.append({"tokens": n, "divergence": left, "rank": rank, **cost(2 * n, 8, head_dim, n)})
         return Table.build("One head fitted to random patterns", rows, self.claims)
+
+    def finding(self, table: Table) -> str:
+        """The table in one sentence."""
+        n = _tokens(table)
+        return (
+            f"A head of {n // 4} channels is left {_left(table, n // 4):.2g} nats from a random pattern over {n} tokens, "
+            f"one of {n} channels {_left(table, n):.2g}."
+        )
+
+    def plot(self, table: Table) -> Figure:
+        """Divergence against the size of the head."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.loglog(table.column("head_dim"), table.column("divergence"), "o-", base=2)
+        axes.axvline(_tokens(table), color="grey", linestyle="--", label="as many channels as tokens")
+        axes.set(xlabel="channels of the head", ylabel="divergence, nats")
+        axes.legend()
+        return figure
 
 
 def _tokens(table: Table) -> int:

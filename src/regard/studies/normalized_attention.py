@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from statistics import linear_regression
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from regard.nn.blocks import MLP
 from regard.ops import normalizers
 from regard.ops.attend import attend
 from regard.studies.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MIN, FIRST = 64, 50
 
@@ -223,3 +226,24 @@ class NormalizedAttentionGeometry:
                 sizes = {"aggregate": out.std(), "hidden": hidden.std(), "ratio": added.mean()}
                 rows.append({"block": name, "tokens": n, **{key: value.item() for key, value in sizes.items()}})
         return Table.build("Size of what a token gathers", rows, self.claims)
+
+    def finding(self, table: Table) -> str:
+        """The table in one sentence."""
+        ours, theirs = (_exponent(table, block, "ratio") for block in ("normalized", "bert"))
+        return (
+            f"What a block adds to a token grows with the number of tokens n like n^{ours:.2f} under normalized attention "
+            f"and like n^{theirs:.2f} under BERT's softmax."
+        )
+
+    def plot(self, table: Table) -> Figure:
+        """Three sizes against the number of tokens, one curve a block."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 3), layout="constrained")
+        for axes, size in zip(figure.subplots(1, 3), ("aggregate", "hidden", "ratio")):
+            for block in dict.fromkeys(table.column("block")):
+                rows = table.where(block=block)
+                axes.loglog(rows.column("tokens"), rows.column(size), "o-", base=2, label=block)
+            axes.set(title=size, xlabel="tokens")
+        figure.axes[0].legend()
+        return figure

@@ -1,4 +1,4 @@
-"""Calls in worker processes of their own: one that dies takes only its call with it."""
+"""Calls in worker processes of their own: one that dies takes only its call with it. On a cluster: :mod:`regard.train.ray`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,44 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Literal
+
+from regard.train.worker import perform
 
 
 @dataclass(frozen=True)
 class Call:
-    """``function`` is ``module:name``; it is called with a progress callback and ``arguments``, which JSON must hold."""
+    """A function that a worker is to call with a progress callback and ``arguments``; JSON must hold these and the result.
+
+    Args:
+        key: name of the call, and what the names of all files that it leaves in ``folder`` begin with.
+        function: ``module:name``.
+        arguments: passed by name.
+        files: which of the arguments name a file to read.
+        folder: which of the arguments names a folder to leave files in; empty: none.
+        gpu: it wants a GPU of its own, where there is one.
+    """
 
     key: str
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    folder: str = ""
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a call: ``progress`` (any number of times), then ``done`` with a result or ``failed`` with a reason."""
+    """What became of a call: ``started`` with the ``attempt`` (from 1; a call whose worker is lost may start again),
+    ``progress`` (any number of times), then ``done`` with a ``result`` or ``failed`` with a ``reason``."""
 
     key: str
-    kind: str
+    kind: Literal["started", "progress", "done", "failed"]
     facts: dict[str, Any]
+
+    @property
+    def last(self) -> bool:
+        return self.kind in ("done", "failed")
 
 
 def cores() -> int:
@@ -88,6 +107,13 @@ class _Worker:
                 stream.close()
 
 
+def run_here(calls: Sequence[Call]) -> Iterator[Event]:
+    """Run ``calls`` one after another in this process, with all its threads; their progress is not heard."""
+    for call in calls:
+        yield Event(call.key, "started", {"attempt": 1})
+        yield Event(call.key, *perform(call.function, call.arguments, lambda facts: None))
+
+
 def run_calls(calls: Sequence[Call], workers: int) -> Generator[Event, None, None]:
     """Run ``calls`` in ``workers`` processes, in order, and yield what happens; leaving the loop early stops them all.
 
@@ -123,6 +149,7 @@ def run_calls(calls: Sequence[Call], workers: int) -> Generator[Event, None, Non
                     worker = hire()
                 if worker is None:
                     return
+                events.put(Event(call.key, "started", {"attempt": 1}))
                 for event in worker.run(call):
                     events.put(event)
             except Exception as error:  # whoever waits for this call must hear of it, whatever went wrong
@@ -136,7 +163,7 @@ def run_calls(calls: Sequence[Call], workers: int) -> Generator[Event, None, Non
     try:
         while left:
             event = events.get()
-            left -= event.kind != "progress"
+            left -= event.last
             yield event
     finally:
         with lock:

@@ -36,6 +36,9 @@ def compare_command(
     epochs: Annotated[int | None, typer.Option(help="passes over the data; default: by the size of the data")] = None,
     size: Annotated[int, typer.Option(help="side in pixels to which images of a folder are brought")] = 64,
     workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="run on a Ray cluster: auto, local, or host:port")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the table, compare.json and report.html")] = Path("compare"),
     resume: Annotated[bool, typer.Option("--resume", help="go on in --out; finished runs are not repeated")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the table as JSON and nothing else")] = False,
@@ -50,7 +53,8 @@ def compare_command(
 
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     names = None if layers is None else [name.strip() for name in layers.split(",") if name.strip()]
-    same: dict[str, Any] = {"seeds": seeds, "workers": workers, "out": out, "resume": resume, "progress": not as_json}
+    same: dict[str, Any] = {"seeds": seeds, "workers": workers, "ray": ray, "out": out, "resume": resume}
+    same["progress"] = not as_json
     if epochs is not None:
         same["epochs"] = epochs
     found: Comparison | TextComparison

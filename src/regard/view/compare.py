@@ -15,12 +15,12 @@ import torch
 from regard.models import slot
 from regard.train.files import write_whole
 from regard.train.loop import Recipe
-from regard.train.pool import Call, cores
+from regard.train.pool import Call
 from regard.train.run import Run, source, trained
 from regard.view.bars import Bars
 from regard.view.comparison import Comparison, Row, read_cost, read_scaling
 from regard.view.maps import received
-from regard.view.runs import Runs, machine, measure
+from regard.view.runs import Runs, machine, measure, staff
 from regard.view.runs import names as layer_names
 from regard.worlds.digits import digits, small_digits
 from regard.worlds.folders import Folder
@@ -103,6 +103,7 @@ def compare(
     lr: float = 3e-3,
     sides: Sequence[int] = SIDES,
     workers: int | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Train each layer in one identical network on one data set, from several seeds, and measure what it costs.
@@ -128,13 +129,15 @@ def compare(
         lr: peak learning rate.
         sides: of the grids on which growth with the number of tokens is measured.
         workers: processes; default: one a core.
+        ray: run on the Ray cluster ``auto``, ``local`` or ``host:port``, see :func:`regard.train.ray.run_on_ray`; costs are
+            measured here all the same.
         progress: show bars on standard error.
 
     Returns:
         The comparison, already saved.
 
     Raises:
-        ValueError: unknown layers, data that cannot be used, settings that do not fit.
+        ValueError: unknown layers, data that cannot be used, settings that do not fit, a cluster that does not answer.
         OSError: results could not be written; nothing is half written.
         KeyboardInterrupt: says how many runs are kept.
     """
@@ -174,10 +177,11 @@ def compare(
             made.make(
                 "regard.train.run:train",
                 {"data": file},
-                workers or cores(),
+                workers,
                 bars,
                 epochs,
                 lambda facts: f"{100 * facts['accuracy']:.1f} %",
+                ray,
             )
             for key, run in runs.items():
                 if key in made.results:
@@ -222,7 +226,7 @@ def compare(
             "depth": list(depth),
             "patch": patch,
             **asdict(recipe),
-            "workers": workers or cores(),
+            "workers": staff(workers, ray),
         },
     }
     comparison = Comparison(info, list(rows.values()), test.pixels[shown].tolist(), [m for m in maps if m], failures)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from regard.train.pool import Call, Event, cores, run_calls
+from regard.train.ray import run_on_ray
 from regard.train.run import Keyed, finished
 from regard.view.bars import Bars
 
@@ -35,36 +36,44 @@ class Runs:
     def make(
         self,
         function: str,
-        arguments: Mapping[str, Any],
-        workers: int,
+        files: Mapping[str, str | None],
+        workers: int | None,
         bars: Bars,
         epochs: int,
         said: Callable[[dict[str, Any]], str],
+        ray: str | None = None,
     ) -> None:
-        """Call ``function`` with ``run``, ``folder`` and ``arguments`` for every run that has no result yet.
+        """Call ``function`` with ``run``, ``folder`` and ``files`` for every run that has no result yet.
 
         Args:
             function: ``module:name``.
-            arguments: the same for all runs.
-            workers: processes.
+            files: to read, the same for all runs, by the name of the argument; None for one that there is not.
+            workers: processes; default: one a core.
             bars: that move on with every epoch.
             epochs: of one run.
             said: what a report of an epoch looks like in words.
+            ray: the address of a Ray cluster to run on, see :func:`regard.train.ray.run_on_ray`.
         """
         calls = []
         for key in [key for key in self.runs if key not in self.results]:
             if not self.resume:
                 (self.folder / f"{key}.part.safetensors").unlink(missing_ok=True)
             own = {"run": asdict(self.runs[key]), "folder": str(self.folder.resolve())}  # type: ignore[call-overload]
-            calls.append(Call(key, function, {**own, **arguments}))
+            read = tuple(name for name, path in files.items() if path is not None)
+            calls.append(Call(key, function, {**own, **files}, files=read, folder="folder"))
         bars.trained(len(self.results) * epochs)
-        with closing(run_calls(calls, workers)) as events:
+        with closing(
+            run_calls(calls, workers or cores()) if ray is None else run_on_ray(calls, ray, workers)
+        ) as events:
             for event in events:
                 self._take(event, bars, said)
 
     def _take(self, event: Event, bars: Bars, said: Callable[[dict[str, Any]], str]) -> None:
         run = self.runs[event.key]
-        if event.kind == "progress":
+        if event.kind == "started":
+            if event.facts["attempt"] > 1:
+                bars.trained(0, f"{run.layer} again: its worker was lost")
+        elif event.kind == "progress":
             bars.trained(1, f"{run.layer} {said(event.facts)}")
         elif event.kind == "done":
             self.results[event.key] = event.facts["result"]
@@ -74,6 +83,11 @@ class Runs:
     def interrupted(self) -> KeyboardInterrupt:
         kept = f"{len(self.results)} of {len(self.runs)} runs are finished and kept in {self.folder}"
         return KeyboardInterrupt(f"{kept}; the same call with resume goes on from there")
+
+
+def staff(workers: int | None, ray: str | None) -> int | str:
+    """How many processes the runs are spread over, as a report says it."""
+    return workers or cores() if ray is None else f"{workers or 'all'} Ray"
 
 
 def machine() -> dict[str, Any]:

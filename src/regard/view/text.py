@@ -16,11 +16,11 @@ from regard.models.language import slot
 from regard.models.slot import find
 from regard.train.files import write_whole
 from regard.train.loop import Recipe
-from regard.train.pool import Call, cores
+from regard.train.pool import Call
 from regard.train.run import source
 from regard.train.text_run import TaskName, TextRun, split_text
 from regard.view.bars import Bars
-from regard.view.runs import Runs, machine, measure
+from regard.view.runs import Runs, machine, measure, staff
 from regard.view.runs import names as layer_names
 from regard.view.text_comparison import TextComparison, TextRow
 from regard.worlds.text import sha256
@@ -77,6 +77,7 @@ def compare_text(
     batch_size: int = 32,
     lr: float = 4e-3,
     workers: int | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> TextComparison:
     """Train each sequence layer in one identical decoder, on text and on associative recall, from several seeds.
@@ -101,10 +102,13 @@ def compare_text(
         batch_size: windows a step.
         lr: peak learning rate.
         workers: processes; default: one a core.
+        ray: run on the Ray cluster ``auto``, ``local`` or ``host:port``, see :func:`regard.train.ray.run_on_ray`; costs are
+            measured here all the same.
         progress: show bars on standard error.
 
     Raises:
-        ValueError: unknown layers, layers that cannot be causal, a text too short, settings that do not fit.
+        ValueError: unknown layers, layers that cannot be causal, a text too short, settings that do not fit, a cluster
+            that does not answer.
         OSError: the text cannot be read, or results cannot be written; nothing is half written.
         KeyboardInterrupt: says how many runs are kept.
     """
@@ -139,7 +143,7 @@ def compare_text(
     made = Runs(runs, folder, resume)
     try:
         with Bars(progress, len(runs) * epochs) as bars:
-            made.make("regard.train.text_run:train_text", {"text": text}, workers or cores(), bars, epochs, _said)
+            made.make("regard.train.text_run:train_text", {"text": text}, workers, bars, epochs, _said, ray)
             for key, run in runs.items():
                 if key in made.results:
                     rows[run.layer].runs.append(made.results[key])
@@ -170,7 +174,7 @@ def compare_text(
             "test": len(test),
             "sha256": digest,
         },
-        "settings": {"seeds": seeds, **sizes, **asdict(recipe), "workers": workers or cores()},
+        "settings": {"seeds": seeds, **sizes, **asdict(recipe), "workers": staff(workers, ray)},
     }
     comparison = TextComparison(info, list(rows.values()), made.failures)
     comparison.save()

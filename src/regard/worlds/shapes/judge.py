@@ -18,7 +18,18 @@ from regard.worlds.shapes.facts import PLAIN, Caption, Found, Verdict, check
 from regard.worlds.shapes.fit import GROWN, Fit, fit, pixels
 from regard.worlds.shapes.language import read_caption
 from regard.worlds.shapes.render import second_tone
-from regard.worlds.shapes.scene import CLASSES, COLOURS, COMPOSITES, LARGE, PATTERNS, SHAPES, TONES, Pattern, known
+from regard.worlds.shapes.scene import (
+    CLASSES,
+    COLOURS,
+    COMPOSITES,
+    LARGE,
+    PATTERNS,
+    SHADE,
+    SHAPES,
+    TONES,
+    Pattern,
+    known,
+)
 
 WORKING = (64, 96)
 CHROMA = 0.14
@@ -27,6 +38,7 @@ HUES = np.array([colorsys.rgb_to_hsv(*rgb)[0] for rgb in COLOURS.values()])
 ACCEPT = 0.76
 CLEAR = 0.9
 PART = 0.5
+WIDEST, OFF, OPEN = 0.8, 0.22, 0.4
 LEAST = 10
 
 
@@ -83,7 +95,8 @@ def judge(image: Float[Tensor, "3 h w"], shapes: Sequence[str] = SHAPES) -> list
     for shape in shapes:
         known("shapes", shape, CLASSES)
     small, scale = working(rgb)
-    read = read_things(ndimage.gaussian_filter(small, (0, BLUR, BLUR)), shapes)
+    smooth = ndimage.gaussian_filter(small, (0, BLUR, BLUR))
+    read = [one for one in read_things(smooth, shapes) if plausible(one, smooth)]
     patterns = [pattern_of(one, small) for one in read]
     size = (rgb.shape[1], rgb.shape[2])
     fits = [one.fit.scaled(1 / scale) for one in read]
@@ -136,6 +149,23 @@ def read_things(rgb: Float[ndarray, "3 h w"], shapes: Sequence[str]) -> list[Rea
         if one.fit.score >= ACCEPT:
             read.append(one)
     return sorted(read, key=lambda one: -int(one.region.sum()))
+
+
+def plausible(one: Reading, rgb: Float[ndarray, "3 h w"]) -> bool:
+    """Whether the inside has about the colour of its name or a shade of it, and grey lies around most of the outline."""
+    size = (rgb.shape[1], rgb.shape[2])
+    distance = one.fit.distance(size)
+    inside = one.region & (distance < -0.7)
+    around = (distance > 1.5) & (distance < 3)
+    if one.fit.size > WIDEST * min(size) or not inside.any() or not around.any():
+        return False
+    colour = np.array(list(COLOURS.values())[one.colour])
+    if one.fit.shape not in COMPOSITES:
+        pixels_ = rgb[:, inside].T
+        along = np.clip((pixels_ @ colour) / (colour @ colour), SHADE, 1)[:, None]
+        if np.percentile(np.linalg.norm(pixels_ - along * colour, axis=1), 70) > OFF:
+            return False
+    return float((np.ptp(rgb, 0)[around] <= CHROMA).mean()) >= OPEN
 
 
 def composites(left: list[Reading], names: Int[ndarray, "h w"], shapes: tuple[str, ...]) -> list[Reading]:
