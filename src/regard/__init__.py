@@ -29,6 +29,7 @@ _VERBS = {
     "bench": "regard.bench.run",
     "check": "regard.checks.run",
     "probe": "regard.checks.probe",
+    "pretrained": "regard.train.pretrained",
 }
 __all__ = [*_VERBS, "__version__"]
 

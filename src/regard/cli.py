@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regard.train.command import train_command
 from regard.view.command import compare_command
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="One PyTorch toolkit for attention.", no_args_is_help=True, add_completion=False)
 
 app.command("compare")(compare_command)
+app.command("train")(train_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -216,43 +218,40 @@ def check(
 def reproduce(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG...]")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every claim that is stale or was never run.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Every claim whose code has changed since it was run.")
+    ] = False,
+    kind: Annotated[list[str] | None, typer.Option(help="Only layer, model, ...; alone: all of them.")] = None,
     budget: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "cpu",
     seeds: Annotated[int | None, typer.Option(help="Default the claim's own.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Claims at a time, in processes of one thread.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, or host:port.")
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder of the results.")] = "results",
-    draw: Annotated[bool, typer.Option("--plot", help="Draw the papers' studies into --out instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Re-run the central claim of papers and store what came out; exit code 1 when one is not met."""
     from rich.console import Console
 
-    if draw:
-        from regard.claims.plot import plot
+    from regard.claims.reproduce import choose, claims, reproduce_many
+    from regard.claims.scoreboard import Scoreboard
 
-        with _bad_input():
-            for slug in slugs or []:
-                path, said = plot(slug, out)
-                typer.echo(f"{path}: {said}")
-        return
-
-    from regard.claims.reproduce import claims, stored
-    from regard.claims.reproduce import reproduce as run
-
-    console = Console(stderr=as_json)
     with _bad_input():
-        wanted = list(slugs or [])
-        if every:
-            fresh = {s for s in claims() if (known := stored(s, out)) and not known["stale"]}
-            wanted += [s for s in claims() if s not in fresh]
-        elif not wanted:
-            raise ValueError(f"name a claim, or --all; there are {', '.join(claims())}")
-        results = []
-        for slug in wanted:
-            with console.status(f"{slug} ({budget})"):
-                results.append(run(slug, budget=budget, seeds=seeds, out=out))  # type: ignore[arg-type]
-            console.print(results[-1])
+        if not (slugs or every or stale or kind):
+            raise ValueError(f"name a claim, or --all, --stale or --kind; there are {', '.join(claims())}")
+        board = Scoreboard(choose(slugs or [], every=every, stale=stale, kinds=kind or [], out=out))
+        events = reproduce_many(board.slugs, budget=budget, seeds=seeds, out=out, jobs=jobs, ray=ray)  # type: ignore[arg-type]
+        try:
+            board.follow(events, Console(stderr=as_json))
+        except ModuleNotFoundError as error:
+            raise ValueError(str(error)) from None
+        except KeyboardInterrupt:
+            typer.echo(f"regard: interrupted; {len(board.results)} of {len(board.slugs)} claims are done", err=True)
+            raise typer.Exit(130) from None
     if as_json:
-        _print_json([r.to_json() for r in results])
-    if not all(r.passed for r in results):
+        _print_json(board.to_json())
+    if not board.met:
         raise typer.Exit(1)
 
 

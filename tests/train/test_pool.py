@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from regard.train.pool import Call, Event, run_calls
+from regard.train.pool import Call, Event, run_calls, run_here
 
 TASKS = """
 import os, sys, time
@@ -27,6 +27,10 @@ def linger(report, *, file):
     open(file, "w").write(str(os.getpid()))
     report({})
     time.sleep(60)
+def tuples(report):
+    return {1: (2, 3)}
+def unsayable(report):
+    return {object()}
 def threads(report):
     return os.environ["OMP_NUM_THREADS"]
 """
@@ -39,7 +43,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def last(events: list[Event]) -> dict[str, Event]:
-    return {event.key: event for event in events if event.kind != "progress"}
+    return {event.key: event for event in events if event.last}
 
 
 def test_results_progress_and_noise() -> None:
@@ -73,7 +77,7 @@ def test_leaving_early_stops_the_processes(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     start = time.monotonic()
     with closing(run_calls([Call("a", "tasks:linger", {"file": str(file)})], 1)) as events:
-        assert next(events).kind == "progress"
+        assert [next(events).kind, next(events).kind] == ["started", "progress"]
     assert time.monotonic() - start < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
@@ -90,3 +94,25 @@ def test_one_thread_each_and_no_calls() -> None:
     assert list(run_calls([], 2)) == []
     with pytest.raises(ValueError, match="workers=0"):
         next(run_calls([], 0))
+
+
+def test_every_call_starts_once() -> None:
+    events = list(run_calls([Call(str(x), "tasks:double", {"x": x}) for x in range(3)], 2))
+    assert sorted(event.key for event in events if event.kind == "started") == ["0", "1", "2"]
+    for key in "012":
+        assert [event.kind for event in events if event.key == key] == ["started", "progress", "done"]
+
+
+def test_here_or_in_a_worker_the_outcome_is_the_same() -> None:
+    calls = [Call(name, f"tasks:{name}", {}) for name in ("tuples", "unsayable", "nothing")]
+    calls += [Call("double", "tasks:double", {"x": 3}), Call("fail", "tasks:fail", {"x": "why"})]
+    here, away = last(list(run_here(calls))), last(list(run_calls(calls, 1)))
+    assert list(here) == [call.key for call in calls]
+    for key in here:
+        assert here[key].kind == away[key].kind
+        assert here[key].facts.get("result") == away[key].facts.get("result")
+        assert (
+            here[key].facts.get("reason", "").split(" at 0x")[0] == away[key].facts.get("reason", "").split(" at 0x")[0]
+        )
+    assert here["tuples"].facts["result"] == {"1": [2, 3]}
+    assert here["unsayable"].facts["reason"].startswith("TypeError")

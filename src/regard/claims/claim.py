@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ class ClaimResult:
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.table import Table
 
-        title = f"{self.slug}: {'met' if self.passed else 'NOT met'} ({self.seeds} seeds, {self.seconds:.0f} s)"
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        title = f"{self.slug}: {'met' if self.passed else 'NOT met'} ({seeds}, {self.seconds:.0f} s)"
         table = Table("metric", "ours", "baseline", "bar", "", title=title, title_justify="left")
         for row in self.rows:
             bar = "" if row.bar is None else f"{row.direction} {row.bar:g}"
@@ -81,6 +82,15 @@ class ClaimResult:
             baseline = "" if row.baseline is None else f"{row.baseline:.4g}"
             table.add_row(row.metric, f"{row.ours:.4g}", baseline, bar, state)
         yield table
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> ClaimResult:
+        """What :meth:`to_json` made, once more."""
+        rows = tuple(
+            Row(**{**{f.name: row[f.name] for f in fields(Row)}, "values": tuple(row["values"])})
+            for row in facts["rows"]
+        )
+        return cls(**{**{f.name: facts[f.name] for f in fields(cls)}, "rows": rows})
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]

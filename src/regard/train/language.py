@@ -15,6 +15,12 @@ from regard.worlds.recall import IGNORE, Recall
 from regard.worlds.text import windows
 
 
+def logits(model: nn.Module, tokens: Int[Tensor, "b n"]) -> Tensor:
+    """(b, n, vocabulary), of a model that returns them or, as those of transformers do, something that holds them."""
+    out = model(tokens)
+    return out if isinstance(out, Tensor) else out.logits
+
+
 @dataclass(frozen=True)
 class Predict:
     """The next token of windows of ``context`` tokens from random places of ``train``; measured on all of ``test``."""
@@ -35,7 +41,7 @@ class Predict:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         (tokens,) = batch
-        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        return F.cross_entropy(logits(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Mean cross-entropy of a token given those before it in its window, in nats, and its exponential."""
@@ -65,11 +71,11 @@ class Answer:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         tokens, targets = batch
-        return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        return F.cross_entropy(logits(model, tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The share of the values asked for that are named."""
         device = next(model.parameters()).device
         tokens, targets = (t.to(device) for t in replace(self.world, split="test").batch(range(self.tests)))
         asked = targets != IGNORE
-        return {"recall": (model(tokens).argmax(-1)[asked] == targets[asked]).double().mean().item()}
+        return {"recall": (logits(model, tokens).argmax(-1)[asked] == targets[asked]).double().mean().item()}

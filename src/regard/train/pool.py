@@ -107,7 +107,7 @@ class _Worker:
                 stream.close()
 
 
-def run_here(calls: Sequence[Call]) -> Iterator[Event]:
+def run_here(calls: Sequence[Call]) -> Generator[Event, None, None]:
     """Run ``calls`` one after another in this process, with all its threads; their progress is not heard."""
     for call in calls:
         yield Event(call.key, "started", {"attempt": 1})

@@ -14,10 +14,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import regard
 from regard.train.files import write_whole
@@ -57,14 +56,14 @@ def _contents(folder: str | Path, key: str = "") -> Files:
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.name.startswith(key)}
 
 
-def _work(mailbox: Any, call: Call, inputs: dict[str, Any], kept: Files, version: str) -> tuple[Event, Files]:
+def _work(mailbox: Any, call: Call, inputs: dict[str, Any], kept: Files, torch: str) -> tuple[Event, Files]:
     """Runs on a worker: lay out the files, call, and give back the outcome with the files that are there then."""
     import ray
 
     facts = {"machine": platform.node(), "pid": os.getpid()}
     kept |= ray.get(mailbox.begin.remote(call.key, facts))
-    if torch.__version__ != version:
-        reason = f"torch is {torch.__version__} on {facts['machine']} and {version} here; results would not be the same"
+    if version("torch") != torch:
+        reason = f"torch is {version('torch')} on {facts['machine']} and {torch} here; results would not be the same"
         return Event(call.key, "failed", {"reason": reason, "traceback": ""}), {}
     with tempfile.TemporaryDirectory() as read, tempfile.TemporaryDirectory() as folder:
         arguments = dict(call.arguments)
@@ -95,7 +94,7 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
         yield ray
         return
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    quiet = {"log_to_driver": False, "logging_level": "error"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
         same = {"env_vars": {**threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
         ray.init("local", num_cpus=workers or cores(), include_dashboard=False, runtime_env=same, **quiet)
@@ -115,7 +114,7 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
 
 
 def run_on_ray(calls: Sequence[Call], address: str, workers: int | None = None) -> Generator[Event, None, None]:
-    """Run ``calls`` on a Ray cluster, in order, one core each, and yield what happens, as :func:`regard.train.pool.run_calls` does.
+    """Run ``calls`` on a Ray cluster, in order, one core each, and yield what happens, like :func:`regard.train.pool.run_calls`.
 
     This process reads and writes all files: those that a call reads are sent along, those that it leaves in its folder
     come back with every report and at the end. A ``started`` event says ``machine`` and ``pid``; its ``attempt`` is above 1
@@ -148,7 +147,9 @@ def _drive(ray: Any, calls: Sequence[Call], workers: int) -> Generator[Event, No
     work = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
     mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     gpus = min(1, ray.cluster_resources().get("GPU", 0))
-    sent = {name: ray.put(Path(name).read_bytes()) for name in {call.arguments[f] for call in calls for f in call.files}}
+    sent = {
+        name: ray.put(Path(name).read_bytes()) for name in {call.arguments[f] for call in calls for f in call.files}
+    }
     todo, running, written = list(calls)[::-1], dict[Any, Call](), dict[str, set[str]]()
     by_key = {call.key: call for call in calls}
 
@@ -157,7 +158,7 @@ def _drive(ray: Any, calls: Sequence[Call], workers: int) -> Generator[Event, No
         written[call.key] = set(kept)
         inputs = {name: sent[call.arguments[name]] for name in call.files}
         on = work.options(num_gpus=gpus if call.gpu else 0)
-        running[on.remote(mailbox, call, inputs, kept, torch.__version__)] = call
+        running[on.remote(mailbox, call, inputs, kept, version("torch"))] = call
 
     def keep(call: Call, files: Files) -> None:
         if call.folder:

@@ -157,26 +157,29 @@ def fit(region: Bool[ndarray, "h w"], free: Bool[ndarray, "h w"], shapes: Sequen
     pad = int(0.3 * max(np.ptp(ys), np.ptp(xs))) + 3
     window = (slice(max(0, ys.min() - pad), ys.max() + pad), slice(max(0, xs.min() - pad), xs.max() + pad))
     x, y = (p[window] for p in pixels(region.shape))  # type: ignore[arg-type]
+    planes = (x, y, region[window].astype(np.float32), (~free[window]).astype(np.float32))
     every = max(1, round(np.sqrt(x.size / ENOUGH)))
-    sample = (slice(None, None, every), slice(None, None, every))
-    x, y, inside, open_ = (p[sample].ravel() for p in (x, y, region[window], ~free[window]))
     steps = np.array([0.09 * unit, 0.09 * unit, 0.1, 9.0], np.float32)
-    return refine(guesses, steps, x, y, inside.astype(np.float32), open_.astype(np.float32))
+    coarse, fine = ([p[::n, ::n].ravel() for p in planes] for n in (every, max(1, every // 2)))
+    return refine(guesses, steps, coarse, fine)
 
 
-def refine(guesses: ndarray, steps: ndarray, x: ndarray, y: ndarray, region: ndarray, counts: ndarray) -> Fit:
-    """Moves each guess to the best of its neighbours, with steps that shrink; those that fall behind are given up."""
+def refine(guesses: ndarray, steps: ndarray, coarse: Sequence[ndarray], fine: Sequence[ndarray]) -> Fit:
+    """Moves each guess to the best of its neighbours, with steps that shrink; those that fall behind are given up.
+
+    The last half of the steps counts more pixels.
+    """
     moves = np.concatenate([np.zeros((1, 4)), np.eye(4), -np.eye(4)]).astype(np.float32)
-    scores, behind = overlap(guesses, x, y, region, counts), 0.2
-    for _ in range(8):
+    scores, behind = overlap(guesses, *coarse), 0.2
+    for turn in range(9):
         guesses = guesses[scores >= scores.max() - behind]
         near = np.repeat(guesses[:, None], len(moves), 1)
         near[..., 1:3] += moves[:, :2] * steps[:2]
         near[..., 3] *= np.exp(moves[:, 2] * steps[2])
         near[..., 4] += moves[:, 3] * steps[3]
-        found = overlap(near.reshape(-1, 5), x, y, region, counts).reshape(len(guesses), -1)
+        found = overlap(near.reshape(-1, 5), *(coarse if turn < 4 else fine)).reshape(len(guesses), -1)
         best = found.argmax(1)
         guesses, scores = near[np.arange(len(best)), best], found.max(1)
-        steps, behind = steps * 0.68, behind * 0.7
+        steps, behind = steps * 0.7, behind * 0.75
     which, cx, cy, size, angle = guesses[scores.argmax()].tolist()
     return Fit(CLASSES[int(which)], (cx, cy), size, angle, float(scores.max()))

@@ -33,12 +33,12 @@ from regard.worlds.shapes.scene import (
 
 WORKING = (64, 96)
 CHROMA = 0.14
-BLUR = 0.6
+BLUR = 0.5
 HUES = np.array([colorsys.rgb_to_hsv(*rgb)[0] for rgb in COLOURS.values()])
 ACCEPT = 0.76
 CLEAR = 0.9
 PART = 0.5
-WIDEST, OFF, OPEN = 0.8, 0.22, 0.4
+WIDEST, OFF, OPEN, CROWDED = 0.8, 0.2, 0.4, 0.75
 LEAST = 10
 
 
@@ -130,8 +130,10 @@ def working(rgb: Float[ndarray, "3 h w"]) -> tuple[Float[ndarray, "3 H W"], floa
 
 
 def read_things(rgb: Float[ndarray, "3 h w"], shapes: Sequence[str]) -> list[Reading]:
-    """The fits that explain their region, composites first."""
+    """The fits that explain their region, composites first; none in a picture with hardly any grey."""
     colour, coloured = labels(rgb)
+    if coloured.mean() > CROWDED:
+        return []
     simple, composed = (tuple(s for s in shapes if (s in COMPOSITES) == c) for c in (False, True))
     simple = simple or SHAPES
     left = [Reading(fit(region, coloured & ~region, simple), c, region) for c, region in regions(colour, coloured)]
@@ -163,7 +165,7 @@ def plausible(one: Reading, rgb: Float[ndarray, "3 h w"]) -> bool:
     if one.fit.shape not in COMPOSITES:
         pixels_ = rgb[:, inside].T
         along = np.clip((pixels_ @ colour) / (colour @ colour), SHADE, 1)[:, None]
-        if np.percentile(np.linalg.norm(pixels_ - along * colour, axis=1), 70) > OFF:
+        if np.percentile(np.linalg.norm(pixels_ - along * colour, axis=1), 30) > OFF:
             return False
     return float((np.ptp(rgb, 0)[around] <= CHROMA).mean()) >= OPEN
 

@@ -1,0 +1,121 @@
+"""Models are trained by name, kept with their card, and loaded only if they are what was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import regard
+from regard.cli import app
+from regard.train.pretrained import card, folder, pretrained, train, trained
+from regard.train.recipes import load, names, settings_of
+
+TINY: dict[str, dict[str, Any]] = {
+    "digits-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 14, "epochs": 1, "batch_size": 500},
+    "recall-lm": {"dim": 8, "num_heads": 2, "depth": 1, "pairs": 2, "steps": 2, "epochs": 2, "batch_size": 4},
+    "text-lm": {"dim": 12, "num_heads": 2, "num_kv_heads": 1, "depth": 1, "context": 16, "steps": 2, "epochs": 2},
+}
+
+
+@pytest.mark.parametrize("name", names())
+def test_trained_and_loaded(name: str, tmp_path: Path) -> None:
+    path = train(name, TINY[name], out=tmp_path, name="mine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "mine.safetensors"]
+    assert trained(tmp_path) == ["mine"]
+    facts = card("mine", tmp_path)
+    assert facts["settings"] == settings_of(load(name, TINY[name]))
+    assert facts["command"].startswith(f"regard train {name} --set dim=")
+    model = pretrained("mine", tmp_path)
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
+    again = load(name, facts["settings"]).task().measure(model)
+    for key, value in again.items():
+        assert value == pytest.approx(facts["figures"][key], rel=1e-5)
+    assert path.stat().st_size < 20e6
+
+
+def test_resume_gives_what_was_not_interrupted(tmp_path: Path) -> None:
+    train("recall-lm", TINY["recall-lm"], out=tmp_path / "whole")
+
+    def stop(facts: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("recall-lm", TINY["recall-lm"], out=tmp_path / "halves", report=stop)
+    assert trained(tmp_path / "halves") == []
+    train("recall-lm", TINY["recall-lm"], out=tmp_path / "halves", resume=True)
+    first, second = (card("recall-lm", tmp_path / part) for part in ("whole", "halves"))
+    assert first["sha256"] == second["sha256"]
+    assert first["figures"] == second["figures"]
+
+
+def test_an_altered_or_cut_file_is_refused(tmp_path: Path) -> None:
+    path = train("recall-lm", TINY["recall-lm"], out=tmp_path)
+    data = path.read_bytes()
+    for bad in (data[:-1], data[:-4] + b"\0\0\0\1"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"has the digest .*: it was cut off or altered"):
+            pretrained("recall-lm", tmp_path)
+
+
+def test_weights_of_another_recipe_are_refused(tmp_path: Path) -> None:
+    path = train("recall-lm", TINY["recall-lm"], out=tmp_path)
+    facts = json.loads(path.with_suffix(".json").read_text())
+    facts["settings"]["depth"] = 2
+    path.with_suffix(".json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="does not fit its recipe"):
+        pretrained("recall-lm", tmp_path)
+
+
+def test_names_and_settings() -> None:
+    with pytest.raises(ValueError, match="recipe='text' is not known; nearest: text-lm"):
+        load("text")
+    with pytest.raises(ValueError, match=r"'width' is no setting of text-lm; there are dim, .*lr"):
+        load("text-lm", {"width": 3})
+    with pytest.raises(ValueError, match="dim='wide' is not of type int"):
+        load("text-lm", {"dim": "wide"})
+    with pytest.raises(ValueError, match=r"lr=-1\.0 must be positive"):
+        load("text-lm", {"lr": "-1"})
+    found = load("text-lm", {"lr": "0.01", "dim": "24"})
+    assert (settings_of(found)["lr"], settings_of(found)["dim"]) == (0.01, 24)
+    with pytest.raises(ValueError, match="name='nobody' is no trained model; there are none"):
+        card("nobody", "/nowhere")
+
+
+def test_command(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    assert run(app, ["train"]).stdout.split() == names()
+    tiny = [part for key, value in TINY["recall-lm"].items() for part in ("--set", f"{key}={value}")]
+    done = run(app, ["train", "recall-lm", *tiny, "--out", str(tmp_path), "--logs", str(tmp_path / "logs")])
+    assert done.exit_code == 0, done.output
+    assert "recall-lm.safetensors: loss" in done.stdout
+    (log,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert "recall" in log.read_text().splitlines()[0]
+    for wrong, said in ((["nothing"], "is not known"), (["text-lm", "--set", "dim"], "is not KEY=VALUE")):
+        refused = run(app, ["train", *wrong, "--out", str(tmp_path)])
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+
+
+@pytest.mark.parametrize("name", trained())
+def test_those_that_come_along(name: str) -> None:
+    model, facts = regard.pretrained(name), card(name)
+    assert (folder() / f"{name}.safetensors").stat().st_size < 20e6
+    measured = load(facts["recipe"], facts["settings"]).task().measure(model)
+    for key, value in measured.items():
+        assert value == pytest.approx(facts["figures"][key], rel=1e-3)
+
+
+def test_images_are_moved_and_not_mixed() -> None:
+    from regard.train.classify import shifted
+
+    x = torch.arange(2 * 2 * 5 * 6, dtype=torch.float32).view(2, 2, 5, 6)
+    assert torch.equal(shifted(x, 0, torch.Generator()), x)
+    moved = shifted(x, 1, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (1,) * 4, mode="replicate")
+    for got, source in zip(moved, padded):
+        places = [source[:, i : i + 5, j : j + 6] for i in range(3) for j in range(3)]
+        assert sum(torch.equal(got, place) for place in places) == 1
