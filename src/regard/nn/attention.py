@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -131,21 +133,16 @@ class Attention(nn.Module):
     def merge(self, out: Float[Tensor, "b h l e"]) -> Float[Tensor, "b l c"]:
         return self.out(out.transpose(1, 2).flatten(2))
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b s e"] | None = None,
-        *,
-        mask: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "b n c"]:
+    def prepare(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, cache: Cache | None, **where: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What :meth:`seam` is called with: projected (``where`` goes to :meth:`project`), turned, with what is cached."""
         if x.ndim != 3:
             raise ValueError(f"x must be (b, n, {self.dim}); got {tuple(x.shape)}")
         if context is not None and self.causal:
             raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
         start = 0 if cache is None else cache.position
-        q, k, v = self.project(x, x if context is None else context, start)
+        q, k, v = self.project(x, x if context is None else context, start, **where)
         if self.rotary is not None and context is None:
             q, k = self.rotary(q, start), self.rotary(k, start)
         if cache is not None:
@@ -155,7 +152,18 @@ class Attention(nn.Module):
             raise ValueError(
                 f"mask {tuple(allowed.shape)} is for {allowed.shape[-1]} keys, of which there are {k.shape[2]}"
             )
-        return self.merge(self.seam(q, k, v, allowed))
+        return q, k, v, allowed
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b s e"] | None = None,
+        *,
+        mask: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        return self.merge(self.seam(*self.prepare(x, context, mask, cache)))
 
     def new_cache(self, batch: int, capacity: int, **where: object) -> KVCache:
         """An empty cache of the right shape for this layer; ``where`` takes dtype and device."""

@@ -170,11 +170,7 @@ class Collinear(Attention, ABC):
             raise ValueError(f"positions must be {tuple(x.shape[:2])}; got {tuple(positions.shape)}")
         if positions.numel() and positions.min() < 0:
             raise ValueError(f"positions are counted from 0; got {int(positions.min())}")
-        start = 0 if cache is None else cache.position
-        q, k, v = self.project(x, x if context is None else context, start, positions)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.merge(self.seam(q, k, v, expand_mask(mask)))
+        return self.merge(self.seam(*self.prepare(x, context, mask, cache, positions=positions)))
 
 
 @method(

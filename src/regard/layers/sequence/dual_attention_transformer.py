@@ -279,17 +279,7 @@ class DualAttention(Attention):
         grid: tuple[int, ...] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b n c"]:
-        if x.ndim != 3:
-            raise ValueError(f"x must be (b, n, {self.dim}); got {tuple(x.shape)}")
-        if context is not None and self.causal:
-            raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
-        start = 0 if cache is None else cache.position
-        q, k, v = self.project(x, x if context is None else context, start, symbols)
-        if self.rotary is not None and context is None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.merge(self.seam(q, k, v, expand_mask(mask)))
+        return self.merge(self.seam(*self.prepare(x, context, mask, cache, symbols=symbols)))
 
     def new_cache(self, batch: int, capacity: int, **where: object) -> KVCache:
         share = (self.num_relational * self.head_dim + self.spare) // self.num_heads

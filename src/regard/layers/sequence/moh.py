@@ -109,8 +109,8 @@ class MixtureOfHeads(Attention, ABC):
         """How much each token wants each of the routed heads; rows sum to 1. ``q``: its queries, where they are at hand."""
 
     @abstractmethod
-    def gates(self, x: Float[Tensor, "b n c"], q: Queries) -> Gates:
-        """What the output of each head is multiplied by, exactly zero where a head is off."""
+    def gates(self, x: Float[Tensor, "b n c"], q: Queries | None = None) -> Gates:
+        """What the output of each head is multiplied by, zero where it is off. ``q``: queries before a turn, if at hand."""
 
     def forward(
         self,
@@ -121,18 +121,9 @@ class MixtureOfHeads(Attention, ABC):
         grid: tuple[int, ...] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b n c"]:
-        if x.ndim != 3:
-            raise ValueError(f"x must be (b, n, {self.dim}); got {tuple(x.shape)}")
-        if context is not None and self.causal:
-            raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
-        start = 0 if cache is None else cache.position
-        q, k, v = self.project(x, x if context is None else context, start)
-        gates = self.gates(x, q)
-        if self.rotary is not None and context is None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.merge(gates.mT[..., None] * self.seam(q, k, v, expand_mask(mask)))
+        q, k, v, allowed = self.prepare(x, context, mask, cache)
+        gates = self.gates(x, q if self.rotary is None else None)
+        return self.merge(gates.mT[..., None] * self.seam(q, k, v, allowed))
 
     def balance_loss(self, x: Float[Tensor, "b n c"], mask: Tensor | None = None) -> Float[Tensor, ""]:
         r"""How unevenly tokens pick routed heads, :math:`E \sum_j P_j f_j`: K when they are balanced, up to E with K = 1.
@@ -222,7 +213,7 @@ class MixtureOfHeadAttention(MixtureOfHeads):
     def route(self, x: Float[Tensor, "b n c"], q: Queries | None = None) -> Shares:
         return single(self.router(x)).softmax(-1)
 
-    def gates(self, x: Float[Tensor, "b n c"], q: Queries) -> Gates:
+    def gates(self, x: Float[Tensor, "b n c"], q: Queries | None = None) -> Gates:
         shared, active = self.shared_heads, self.active_heads
         own = shared * single(self.share(x)).softmax(-1) if shared > 1 else x.new_ones(*x.shape[:2], shared)
         if not active:
@@ -254,7 +245,7 @@ class QueryNormMixture(MixtureOfHeads):
         spread = norms.std(-1, correction=min(1, self.routed_heads - 1), keepdim=True)
         return (norms / spread.clamp(min=torch.finfo(norms.dtype).eps)).softmax(-1)
 
-    def gates(self, x: Float[Tensor, "b n c"], q: Queries) -> Gates:
+    def gates(self, x: Float[Tensor, "b n c"], q: Queries | None = None) -> Gates:
         shared = x.new_ones(*x.shape[:2], self.shared_heads)
         if not self.active_heads:
             return shared

@@ -142,12 +142,8 @@ class RelativeAttention(Attention, ABC):
                 check_exact(int(at.abs().max()), tokens.dtype)
         if context is None and context_positions is not None:
             raise ValueError("context_positions were given without a context")
-        if context is not None and self.causal:
-            raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
-        q, k, v = self.project(x, source, 0 if cache is None else cache.position, positions, context_positions)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.merge(self.seam(q, k, v, expand_mask(mask)))
+        where = {"positions": positions, "context_positions": context_positions}
+        return self.merge(self.seam(*self.prepare(x, context, mask, cache, **where)))
 
     def new_cache(self, batch: int, capacity: int, **where: object) -> KVCache:
         return KVCache(batch, self.num_kv_heads, capacity, self.head_dim + 2, self.head_dim, **where)  # type: ignore[arg-type]

@@ -226,12 +226,7 @@ class SelectiveSelfAttention(Attention):
             raise ValueError(f"positions must be {tuple(x.shape[:2])}; got {tuple(positions.shape)}")
         if positions.numel() and positions.min() < 0:
             raise ValueError(f"positions are counted from 0; got {int(positions.min())}")
-        if context is not None and self.causal:
-            raise ValueError("context was given to a causal layer: a causal layer attends to its own past")
-        q, k, v = self.project(x, x if context is None else context, positions=positions)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.merge(self.seam(q, k, v, expand_mask(mask)))
+        return self.merge(self.seam(*self.prepare(x, context, mask, cache, positions=positions)))
 
 
 @method(
