@@ -1,4 +1,4 @@
-"""What mkdocs builds besides the pages that lie in this folder: methods, catalogue, scoreboard, reference."""
+"""What mkdocs builds besides the pages that lie in this folder: methods, catalogue, scoreboard, worlds, reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from pages import catalogue, method, reference, results
+from pages import catalogue, method, reference, results, worlds
 
 from regard.catalog.papers import papers
 
@@ -25,6 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "catalogue.md": catalogue.page(papers()),
         "scoreboard.md": results.scoreboard(),
         **reference.pages(),
+        **worlds.pages(),
     }
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))

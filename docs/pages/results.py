@@ -7,7 +7,7 @@ from typing import Any
 
 from pages.docstring import code
 
-from regard.catalog.papers import Paper, papers
+from regard.catalog.papers import papers
 from regard.claims.reproduce import claims, stored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,39 +55,62 @@ def claim(slug: str) -> str:
     return f"{verdict} {circumstances(result)}\n\n{rows(result)}\n\n{run}"
 
 
+ORDER = ("not met", "met", "not met, of earlier code", "met, of earlier code", "claim not run yet")
+
+
 def scoreboard() -> str:
-    """Every claim with what came out, those that are not met included."""
-    built = {paper.slug: paper for paper in papers(built=True)}
+    """Every claim with what came out, those that are not met first."""
+    titles = {paper.slug: paper.title for paper in papers(built=True)}
     results = {slug: stored(slug, RESULTS) for slug in claims()}
-    run = {slug: result for slug, result in results.items() if result}
-    met = sum(result["passed"] for result in run.values())
+    by_state = {name: [slug for slug in results if state(slug) == name] for name in ORDER}
     lines = [
         "# Scoreboard",
         "",
         "The central claim of each paper, run again at small scale against the same network without the paper's idea. The bar "
-        "is set before the figure is seen; a claim that is not met is shown as not met.",
+        "is set before the figure is seen; a claim that is not met is shown as not met. *Of earlier code* are results whose "
+        "code has changed since they were made.",
         "",
-        f"**{len(built)}** papers built, **{len(results)}** with a claim, **{len(run)}** run, **{met}** met.",
+        "| claims | of code as it is | of earlier code | |",
+        "| --- | --: | --: | --: |",
+        *(
+            f"| {name} | {now} | {before} | {now + before} |"
+            for name in ("met", "not met")
+            for now, before in [(len(by_state[name]), len(by_state[f"{name}, of earlier code"]))]
+        ),
+        f"| not run yet | | | {len(by_state[ORDER[-1]])} |",
+        f"| **all**, of {len(titles)} papers built | | | **{len(results)}** |",
         "",
-        "```console\n$ regard reproduce --all\n```",
+        "```console\n$ regard reproduce --all --jobs 2\n```",
         "",
-        "| paper | claim | seeds | time | figures |",
-        "| --- | --- | --: | --: | --- |",
-        *(_line(built[slug], result) for slug, result in results.items() if slug in built),
+        "| claim | | bars met | seeds | seconds | machine | date | code changed since |",
+        "| --- | --- | --: | --: | --: | --- | --- | --- |",
+        *(_line(slug, results[slug]) for slugs in by_state.values() for slug in slugs),
     ]
-    for slug, result in run.items():
-        lines += ["", f"## {slug}", "", f"{state(slug).capitalize()}. {circumstances(result)}", "", rows(result)]
+    for name, slugs in by_state.items():
+        run = {slug: result for slug in slugs if (result := results[slug])}
+        if run:
+            lines += ["", f"## {name.capitalize()}"]
+        for slug, result in run.items():
+            link = f"[{titles[slug]}](methods/{slug}.md)"
+            lines += ["", f"### {slug}", "", f"{link}. {circumstances(result)}", "", rows(result)]
     return "\n".join(lines)
 
 
-def _line(paper: Paper, result: dict[str, Any] | None) -> str:
-    link = f"[{paper.slug}](methods/{paper.slug}.md)"
+def _line(slug: str, result: dict[str, Any] | None) -> str:
     if result is None:
-        return f"| {link} | claim not run yet | | | |"
-    passed = sum(row["passed"] is True for row in result["rows"])
-    barred = sum(row["passed"] is not None for row in result["rows"])
-    figures = f"[{passed} of {barred} bars met](#{paper.slug})"
-    return f"| {link} | {state(paper.slug)} | {result['seeds']} | {result['seconds']:.0f} s | {figures} |"
+        return f"| {slug} | not run yet | | | | | | |"
+    barred = [row["passed"] for row in result["rows"] if row["passed"] is not None]
+    cells = (
+        f"[{slug}](#{slug})",
+        "met" if result["passed"] else "**not met**",
+        f"{sum(barred)} of {len(barred)}",
+        str(result["seeds"]),
+        f"{result['seconds']:.0f}",
+        result["machine"],
+        result["date"],
+        "yes" if result["stale"] else "no",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def measurements(slug: str) -> str:
