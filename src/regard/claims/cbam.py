@@ -1,9 +1,8 @@
 """CBAM lowers the error of a residual network, and its spatial map lies on the object.
 
-Set-up: 32x32 images of one shape out of six, in a random colour, size and place, on textured clutter that holds a few
-stray strokes; 4,000 to train on, 2,000 to test on. A residual network of three blocks (16, 32, 64 channels), eight epochs
-of Adam and one cycle of the rate; the gate, with a reduction of 4 as the network is narrow, stands on every residual
-branch before the addition. Compared: no gate, the channel gate alone, CBAM.
+Set-up: handwritten digits of 28x28 pixels in a random colour on textured clutter; 2,000 to train on, 1,000 to test on. A
+residual network of three blocks (8, 16, 32 channels), 250 steps of the recipe; the gate, with a reduction of 4 as the network
+is narrow, stands on every residual branch before the addition. Compared: no gate, the channel gate alone, CBAM.
 
 Bar, with three seeds: the error of CBAM is at least one point below that of the plain network, and not above that of
 the channel gate alone. The spatial map (mean over the blocks, brought to image size) separates object from background
@@ -12,18 +11,20 @@ pixels with an area under the curve of at least 0.7, where chance is 0.5.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.claims._recipe import accuracy, epochs, train
+from regard.claims._recipe import accuracy, epochs, shifted, train
 from regard.claims.claim import Budget, Row, mean_row
 from regard.layers.cnn.cbam import CBAM, ChannelGate
+from regard.worlds.digits import digits
+from regard.worlds.images import Images
 
 SEEDS = 3
+WIDTHS = (8, 16, 32)
 Gate = Callable[[int], nn.Module]
 
 
@@ -60,39 +61,13 @@ def clutter(count: int, size: int, generator: torch.Generator) -> Tensor:
     return 0.6 * F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) + 0.4 * fine
 
 
-def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, classes and exact object masks."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
-
-    axis = torch.linspace(-1, 1, size)
-    radius, angle = uniform(0.28, 0.5), uniform(0, 2 * math.pi)
-    dx, dy = axis[None, None, :] - uniform(-0.5, 0.5), axis[None, :, None] - uniform(-0.5, 0.5)
-    u, v = (dx * angle.cos() + dy * angle.sin()) / radius, (dy * angle.cos() - dx * angle.sin()) / radius
-    r, a, b = (u.square() + v.square()).sqrt(), u.abs(), v.abs()
-    kinds = torch.stack(
-        [
-            r < 0.9,
-            torch.maximum(a, b) < 0.8,
-            (v > -0.6) & (v < 1.2 - 1.8 * a),
-            (torch.maximum(a, b) < 1) & (torch.minimum(a, b) < 0.35),
-            (r < 1) & (r > 0.55),
-            (a < 1) & (b < 0.85) & (b > 0.3),
-        ],
-        1,
-    )
-    label = torch.randint(kinds.shape[1], (count,), generator=generator)
-    mask = kinds[torch.arange(count), label]
-    images = clutter(count, size, generator)
-    for _ in range(3):
-        along, across = (dx - uniform(-1, 1)).abs(), (dy - uniform(-1, 1)).abs()
-        turn = torch.rand(count, 1, 1, generator=generator) < 0.5
-        stroke = torch.where(turn, (along < 0.35) & (across < 0.07), (across < 0.35) & (along < 0.07))
-        images = torch.where(stroke[:, None], torch.randn(count, 3, 1, 1, generator=generator), images)
-    colour = F.normalize(torch.randn(count, 3, 1, 1, generator=generator), dim=1) * 2
-    images = torch.where(mask[:, None], colour + 0.4 * torch.randn(images.shape, generator=generator), images)
-    return images, label, mask
+def coloured(world: Images, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits in a random colour on clutter: images (b, 3, 28, 28), classes, and masks (b, 28, 28) of the strokes."""
+    ink = shifted(world.pixels[index], 2, generator) > 100
+    colour = F.normalize(torch.randn(len(index), 3, 1, 1, generator=generator), dim=1) * 2
+    images = clutter(len(index), 28, generator)
+    images = torch.where(ink, colour + 0.4 * torch.randn(images.shape, generator=generator), images)
+    return images, world.labels[index], ink[:, 0]
 
 
 def area_under_curve(scores: Tensor, positive: Tensor) -> float:
@@ -122,7 +97,7 @@ def spatial_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    count, tested, steps = (16, 16, 1) if budget == "smoke" else (4000, 2000, 250)
+    count, tested, steps = (16, 16, 1) if budget == "smoke" else (2000, 1000, 250)
     gates: dict[str, Gate] = {
         "plain": lambda dim: nn.Identity(),
         "channel": lambda dim: ChannelGate(dim, 4),
@@ -131,12 +106,16 @@ def run(budget: Budget, seeds: int) -> list[Row]:
     errors: dict[str, list[float]] = {name: [] for name in gates}
     areas = []
     for seed in range(seeds):
-        world = torch.Generator().manual_seed(1000 + seed)
-        images, labels, _ = shapes(count, 32, world)
-        test, truth, masks = shapes(tested, 32, world)
+        generator, seen, unseen = (
+            torch.Generator().manual_seed(1000 + seed),
+            digits("train", seed),
+            digits("test", seed),
+        )
+        images, labels, _ = coloured(seen, torch.randperm(len(seen), generator=generator)[:count], generator)
+        test, truth, masks = coloured(unseen, torch.arange(tested), generator)
         for name, gate in gates.items():
             torch.manual_seed(seed)
-            model = resnet(gate, 6)
+            model = resnet(gate, 10, WIDTHS)
             train(model, epochs(images, labels, torch.Generator().manual_seed(seed)), steps, lr=4e-3)
             errors[name].append(100 - accuracy(model, test, truth))
         found = spatial_map(model, test[:256])

@@ -1,9 +1,10 @@
 """Gates across channel and place, with next to no parameters, see what depends on both.
 
 Set-up: 24x24 images of coloured noise with one textured patch; its class, of four, is its colour code plus the quarter of
-the image's rows in which it lies, modulo four, so that neither says anything alone. The residual network and training
-of the CBAM claim (16, 32, 64 channels), 2,400 images to train on, 2,000 to test on, fourteen epochs; the gate stands on every
-residual branch. Compared: no gate, CBAM, triplet attention, and its spatial gate alone.
+the image's rows in which it lies, modulo four, so that neither says anything alone. White noise of half a deviation lies over
+all, and there are 800 images to train on, as a few thousand clean ones are learned without a mistake by any network; 2,000
+to test on. The residual network of the CBAM claim (8, 16, 32 channels), 150 steps of the recipe without moving the images;
+the gate stands on every residual branch. Compared: no gate, CBAM (reduction 4), triplet attention, its spatial gate alone.
 
 Bar, with five seeds: the accuracy of triplet attention is at least one point above that of the plain network, at most half
 a point below that of CBAM, and above that of the spatial gate alone. In the sixteen blocks of a ResNet-50 CBAM has over a
@@ -41,32 +42,37 @@ def codes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Te
     return torch.where(mask, patch, clutter(count, size, generator)), hue, quarter
 
 
+def puzzles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noisy images and their classes."""
+    images, hue, quarter = codes(count, 24, generator)
+    return images + 0.5 * torch.randn(images.shape, generator=generator), (hue + quarter) % 4
+
+
 def parameters(gate: Gate, widths: list[int]) -> int:
     with torch.device("meta"):
         return sum(p.numel() for width in widths for p in gate(width).parameters())
 
 
 def run(budget: Budget, seeds: int) -> list[Row]:
-    count, tested, epochs = (16, 16, 1) if budget == "smoke" else (2400, 2000, 14)
+    count, tested, steps = (16, 16, 1) if budget == "smoke" else (800, 2000, 150)
     gates: dict[str, Gate] = {
         "plain": lambda dim: nn.Identity(),
-        "cbam": CBAM,
+        "cbam": lambda dim: CBAM(dim, 4),
         "spatial": lambda dim: SpatialGate(),
         "triplet": lambda dim: TripletAttention(),
     }
     found: dict[str, list[float]] = {name: [] for name in gates}
     for seed in range(seeds):
         world = torch.Generator().manual_seed(2000 + seed)
-        images, hue, quarter = codes(count, 24, world)
-        test, test_hue, test_quarter = codes(tested, 24, world)
-        labels, truth = (hue + quarter) % 4, (test_hue + test_quarter) % 4
+        images, labels = puzzles(count, world)
+        test, truth = puzzles(tested, world)
         for name, gate in gates.items():
             torch.manual_seed(seed)
-            model = resnet(gate, 4)
+            model = resnet(gate, 4, (8, 16, 32))
             train(model, epochs(images, labels, torch.Generator().manual_seed(seed), reach=0), steps, lr=4e-3)
             found[name].append(accuracy(model, test, truth))
     mean = {name: sum(values) / seeds for name, values in found.items()}
-    ours, ratio = found["triplet"], parameters(gates["cbam"], RESNET50) / parameters(gates["triplet"], RESNET50)
+    ours, ratio = found["triplet"], parameters(CBAM, RESNET50) / parameters(gates["triplet"], RESNET50)
     return [
         mean_row("accuracy, %", ours, mean["plain"] + 1, ">=", baseline=mean["plain"], note="plain network"),
         mean_row("accuracy, %", ours, mean["cbam"] - 0.5, ">=", baseline=mean["cbam"], note="CBAM"),

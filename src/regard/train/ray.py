@@ -179,7 +179,7 @@ def _drive(ray: Any, calls: Sequence[Call], workers: int) -> Generator[Event, No
         while todo or running:
             while todo and len(running) < workers:
                 submit(todo.pop())
-            ended, _ = ray.wait(list(running), num_returns=len(running), timeout=PAUSE)
+            ended, _ = ray.wait(list(running), timeout=PAUSE)
             yield from read()
             for reference in ended:
                 call = running.pop(reference)

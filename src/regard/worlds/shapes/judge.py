@@ -38,7 +38,8 @@ HUES = np.array([colorsys.rgb_to_hsv(*rgb)[0] for rgb in COLOURS.values()])
 ACCEPT = 0.76
 CLEAR = 0.9
 PART = 0.5
-WIDEST, OFF, OPEN, CROWDED = 0.8, 0.2, 0.4, 0.75
+MOST = 30
+WIDEST, OFF, OPEN, CROWDED = 0.8, 0.2, 0.25, 0.75
 LEAST = 10
 
 
@@ -130,19 +131,20 @@ def working(rgb: Float[ndarray, "3 h w"]) -> tuple[Float[ndarray, "3 H W"], floa
 
 
 def read_things(rgb: Float[ndarray, "3 h w"], shapes: Sequence[str]) -> list[Reading]:
-    """The fits that explain their region, composites first; none in a picture with hardly any grey."""
+    """The fits that explain their region, composites first; none in a picture of hardly any grey or of too many pieces."""
     colour, coloured = labels(rgb)
-    if coloured.mean() > CROWDED:
+    pieces = regions(colour, coloured)
+    if coloured.mean() > CROWDED or len(pieces) > MOST:
         return []
     simple, composed = (tuple(s for s in shapes if (s in COMPOSITES) == c) for c in (False, True))
     simple = simple or SHAPES
-    left = [Reading(fit(region, coloured & ~region, simple), c, region) for c, region in regions(colour, coloured)]
+    left = [Reading(fit(region, coloured & ~region, simple), c, region) for c, region in pieces]
     read = composites(left, np.where(coloured, colour + 1, 0), composed) if composed else []
     inside = [one.fit.distance(one.region.shape) < GROWN for one in read]  # type: ignore[arg-type]
     left = [one for one in left if not any((one.region & mask).sum() > 0.5 * one.region.sum() for mask in inside)]
     while left:
         one = left.pop(0)
-        for other in [o for o in left if o.colour == one.colour and o.fit.score < CLEAR]:
+        for other in [o for o in left if o.colour == one.colour and o.fit.score < CLEAR and near(one.fit, o.fit)]:
             joint = one.region | other.region
             both = Reading(fit(joint, coloured & ~joint, simple), one.colour, joint)
             if both.fit.score > max(ACCEPT, one.fit.score - 0.05):
@@ -151,6 +153,11 @@ def read_things(rgb: Float[ndarray, "3 h w"], shapes: Sequence[str]) -> list[Rea
         if one.fit.score >= ACCEPT:
             read.append(one)
     return sorted(read, key=lambda one: -int(one.region.sum()))
+
+
+def near(a: Fit, b: Fit) -> bool:
+    """Whether two fits may be of two pieces of one thing."""
+    return float(np.hypot(a.centre[0] - b.centre[0], a.centre[1] - b.centre[1])) < a.size
 
 
 def plausible(one: Reading, rgb: Float[ndarray, "3 h w"]) -> bool:
@@ -184,10 +191,10 @@ def composites(left: list[Reading], names: Int[ndarray, "h w"], shapes: tuple[st
             if len({left[i].colour for i in chosen}) < n or not _touching(chosen, wide, left):
                 continue
             region = np.logical_or.reduce([left[i].region for i in chosen])
-            near = rest & ndimage.binary_dilation(region, iterations=5)
-            if n == 1 and near.sum() < LEAST:
+            close = rest & ndimage.binary_dilation(region, iterations=5)
+            if n == 1 and close.sum() < LEAST:
                 continue
-            region |= near
+            region |= close
             best = fit(region, coloured & ~region, shapes, keep=2)
             agreement, colour = parts_agree(best, names, region)
             apart = np.average([left[i].fit.score for i in chosen], weights=[left[i].region.sum() for i in chosen])

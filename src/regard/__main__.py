@@ -1,0 +1,5 @@
+"""``python -m regard``, as ``torchrun -m regard`` starts it."""
+
+from regard.cli import app
+
+app()
