@@ -16,3 +16,11 @@ def test_permuted_pixels_carry_their_positions() -> None:
     plain, permuted = claim.Pixels(torch.arange(196)), claim.Pixels(order)
     permuted.load_state_dict(plain.state_dict())
     torch.testing.assert_close(permuted(claim.shuffle(x, order)), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_images_of_one_seed() -> None:
+    (x, y), (test, truth) = (claim.images(split, 3) for split in ("train", "test"))
+    assert x.shape == (4000, 1, 14, 14)
+    assert (len(y), len(test), len(truth)) == (4000, 1000, 1000)
+    assert abs(x.mean()) < 0.1
+    assert abs(x.std() - 1) < 0.2

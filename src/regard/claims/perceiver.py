@@ -1,9 +1,9 @@
 """A Perceiver reads an image as a set of pixels: it needs no grid, and loses nothing when the pixels are shuffled.
 
-Set-up: handwritten digits averaged to 14x14, 4,000 to train on, 1,000 to test on, as they are or under one fixed permutation
-of the pixels. The Perceiver (24 latents of 64 channels, 2 readings, 2 blocks after each, 6 bands) gets each pixel with the
-position that it came from. A small residual network and a ViT with patches of 2x2 get the permuted image, the ViT with the
-same Fourier features, of the permuted grid. 800 steps of AdamW with one cycle, batches of 64, all alike.
+Set-up: handwritten digits averaged to 14x14 and moved by up to 2 pixels, 4,000 to train on, 1,000 to test on, as they are or
+under one fixed permutation of the pixels. The Perceiver (24 latents of 64 channels, 2 readings, 2 blocks after each, 6 bands)
+gets each pixel with the position that it came from. A small residual network and a ViT with patches of 2x2 get the permuted
+image, with the same Fourier features, of the permuted grid. 400 steps of the recipe, all alike.
 
 Bar, with three seeds: the Perceiver's accuracy is at most 5 points below the residual network's on images as they are, and
 differs by at most 1 point between the two conditions; permuted, the residual network loses at least 10 points, and the ViT
