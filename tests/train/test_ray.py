@@ -108,8 +108,10 @@ def test_a_killed_worker_loses_nothing(tasks: None, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def connected(tasks: None) -> Iterator[Any]:
+def connected(tasks: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import ray
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
 
     path = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=path)

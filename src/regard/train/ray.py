@@ -96,6 +96,7 @@ def _connected(address: str, workers: int | None) -> Iterator[Any]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as worker processes without Ray
         same = {"env_vars": {**threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
         ray.init("local", num_cpus=workers or cores(), include_dashboard=False, runtime_env=same, **quiet)
     else:
