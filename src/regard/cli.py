@@ -229,10 +229,20 @@ def reproduce(
         str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, or host:port.")
     ] = None,
     out: Annotated[str, typer.Option(help="Folder of the results.")] = "results",
+    draw: Annotated[bool, typer.Option("--plot", help="Draw the papers' studies into --out instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Re-run the central claim of papers and store what came out; exit code 1 when one is not met."""
     from rich.console import Console
+
+    if draw:
+        from regard.claims.plot import plot
+
+        with _bad_input():
+            for slug in slugs or []:
+                path, said = plot(slug, out)
+                typer.echo(f"{path}: {said}")
+        return
 
     from regard.claims.reproduce import choose, claims, reproduce_many
     from regard.claims.scoreboard import Scoreboard

@@ -73,7 +73,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return build
 
 
-HOUSE = {name: c for name, c in CHECKS.items() if c.house}
+# facets_as_measured needs a paper of the catalogue: test_declared.py has it.
+HOUSE = {name: c for name, c in CHECKS.items() if c.house and name != "facets_as_measured"}
 SLIPS: list[tuple[str, str, str, str]] = [
     # a part of the good file, what it becomes, the check, what it says
     ("does nothing new.", "does nothing new", "docstring_sections", "full stop"),

@@ -44,7 +44,7 @@ class Attend(nn.Module):
         self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
         out = sdpa(q, k, v) if self.fused else (q @ k.transpose(-1, -2) / D**0.5).softmax(-1) @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         return all(getattr(type(self), n) is getattr(Attention, n) for n in ("scores", "normalize", "mix"))
 
     def split(self, x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b h n d"]:
-        return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor, context: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; ``start`` is the position of the first token of ``x`` (cached decoding)."""
