@@ -29,7 +29,7 @@ TaskName = Literal["english", "recall"]
 class TextRun(Keyed):
     """Everything that decides a run's outcome; ``data`` is a digest of the text, ``source`` one of the layer's code.
 
-    ``steps`` are those of an epoch, after each of which the run is measured.
+    ``steps`` are those of an epoch, after each of which the run is measured; recall, which is learned late, has twice as many.
     """
 
     layer: str
@@ -61,11 +61,12 @@ class TextRun(Keyed):
     def learned(self, text: str | None = None) -> Task:
         """What the run learns; ``text`` is the user's own to learn from and, its last tenth, to be measured on."""
         if self.task == "recall":
-            count = max(TESTS, self.steps * self.recipe.epochs * self.recipe.batch_size)
+            steps = 2 * self.steps
+            count = max(TESTS, steps * self.recipe.epochs * self.recipe.batch_size)
             world = Recall(
                 vocab=self.symbols, length=4 * self.pairs, pairs=self.pairs, power=1.0, seed=self.seed, count=count
             )
-            return Answer(world, self.recipe, self.steps, TESTS)
+            return Answer(world, self.recipe, steps, TESTS)
         train, test = split_text(text)
         return Predict(train, test, self.recipe, self.context, self.steps, self.seed)
 

@@ -98,7 +98,7 @@ def compare_text(
         num_heads: heads of every layer.
         depth: blocks.
         context: tokens of a window of text.
-        steps: training steps in an epoch.
+        steps: training steps in an epoch; recall has twice as many.
         batch_size: windows a step.
         lr: peak learning rate.
         workers: processes; default: one a core.

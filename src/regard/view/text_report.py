@@ -103,7 +103,7 @@ def front(comparison: TextComparison, width: float) -> Chart:
     chart.axes(
         box,
         (x, log_ticks(low, high, 8 if wide else 5), "tokens a second in cached decoding (logarithmic)"),
-        (y, log_ticks(least, most, 6), "perplexity a byte (logarithmic)"),
+        (y, ticks(least, most, 6), "perplexity a byte (logarithmic)"),
     )
     names = comparison.front()
     steps = sorted((x(row.rate("decoding")), y(row.mean("perplexity"))) for row in rows if row.layer in names)
@@ -146,7 +146,7 @@ def curves(rows: list[TextRow], figure: str, width: float) -> Chart:
         y, marks, name = linear(0, 100, box[3], box[1]), ticks(0, 100, 5), "values recalled, %"
     else:
         least, most = min(flat) / 1.02, max(flat) * 1.02
-        y, marks = logarithmic(least, most, box[3], box[1]), log_ticks(least, most, 6)
+        y, marks = logarithmic(least, most, box[3], box[1]), ticks(least, most, 6)
         name = "perplexity a byte (logarithmic)"
     chart = Chart(width, height, f"{figure} after each epoch")
     chart.axes(box, (x, [e for e in ticks(1, epochs, 8) if e == int(e)], "epoch"), (y, marks, name))
@@ -193,7 +193,7 @@ def _reading(comparison: TextComparison) -> str:
 <ul><li><b>Perplexity</b> is the exponential of the mean cross-entropy of a byte, given up to {context - 1} bytes before it: 1 is
 certainty, {number(128)} is guessing. Per word it would be far larger.</li>
 <li><b>Recall</b>: pairs of a key and a value are said once, then keys are asked in another order. Two blocks of attention can
-learn to look it up; whether they do within so few steps is partly chance, so mind the deviation.</li>
+learn to look it up; when they find out is partly chance, so mind the deviation. Recall has twice as many steps as text.</li>
 <li><b>Training</b> is forward, backward and update on batches of {settings["batch_size"]} windows of {context} bytes.
 <b>Decoding</b> adds one byte to one sequence of {context - 1} whose keys and values are cached; much of its time is the rest of
 the decoder and the calls themselves, alike for all.</li>
