@@ -63,6 +63,16 @@ def test_a_sequence_layer_is_causal_and_has_a_cached_step() -> None:
         torch.testing.assert_close(call(), expected)
 
 
+@pytest.mark.parametrize("record", registry.methods("layer"), ids=lambda m: m.name)
+def test_every_layer_is_built_at_the_width_measured(record: registry.Method) -> None:
+    layer = bench_run.subject_layer(record, 32, 4, 64)
+    grid = (8, 8)
+    args, kwargs = bench_run.arguments(record, torch.randn(1, 64, 32), grid)
+    assert isinstance(layer(*args, **kwargs), Tensor)
+    if record.tags.causal:
+        assert layer.causal
+
+
 def test_no_number_while_a_check_fails() -> None:
     @registry.method("broken-for-bench", kind="layer", example={"dim": 8, "num_heads": 2})
     class Broken(nn.Module):

@@ -144,7 +144,10 @@ def _pair(record: Method, peer: Peer, shape: Shape, rounds: int, budget: float, 
     batch, grid, dim, heads = shape
     x = tokens(batch, grid, dim).to(device)
     torch.manual_seed(0)
-    layers = {record.name: subject_layer(record, dim, heads), peer.name: peer.build(dim, heads, grid)}
+    layers = {
+        record.name: subject_layer(record, dim, heads, grid[0] * grid[1]),
+        peer.name: peer.build(dim, heads, grid),
+    }
     layers = {name: layer.to(device).eval() for name, layer in layers.items()}
     inputs = {record.name: arguments(record, x, grid), peer.name: ((x,), {})}
     parameters = parameters_like(layers[record.name], layers[peer.name])
@@ -186,12 +189,13 @@ def device_name(device: str) -> str:
     return f"{platform.machine()}-{torch.get_num_threads()}threads"
 
 
-def subject_layer(record: Method, dim: int, num_heads: int) -> nn.Module:
-    """The layer at the width measured, causal if it can be; an image gate has channels and no heads."""
-    if record.tags.input == "image":
-        return record.target(dim)
-    asked = {"causal": True} if "causal" in inspect.signature(record.target).parameters else {}
-    return record.create(dim=dim, num_heads=num_heads, **asked)
+def subject_layer(record: Method, dim: int, num_heads: int, tokens: int) -> nn.Module:
+    """The layer at the width measured, causal if it can be; an image gate has channels at most, and no heads."""
+    wishes: dict[str, Any] = {"dim": dim}
+    if record.tags.input != "image":
+        wishes |= {"num_heads": num_heads, "causal": True, "context_length": tokens + 1}
+    takes = inspect.signature(record.target).parameters
+    return record.create(**{key: wishes[key] for key in wishes if key in takes})
 
 
 def arguments(record: Method, x: Tensor, grid: Grid) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

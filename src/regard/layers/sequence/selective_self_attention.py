@@ -62,7 +62,7 @@ class ProjectedFeature(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, 1, head_dim))
 
     def forward(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n"]:
-        return (F.gelu(x) * self.weight).sum(-1)
+        return (F.gelu(x) @ self.weight.mT).squeeze(-1)
 
 
 class SigmoidSlope(nn.Module):
