@@ -16,23 +16,15 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from regard.train.classify import shifted
 from regard.train.loop import Recipe
 
 BATCH, SETTLING = 128, 20
 Batches = Iterator[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def shifted(x: Float[Tensor, "b c h w"], reach: int, generator: torch.Generator) -> Float[Tensor, "b c h w"]:
-    """Each image moved by up to ``reach`` pixels along either axis; its edge is repeated where nothing was."""
-    (b, c, h, w), padded = x.shape, F.pad(x, (reach,) * 4, mode="replicate")
-    top, left = torch.randint(2 * reach + 1, (2, b, 1), generator=generator)
-    rows, columns = (top + torch.arange(h))[:, None, :, None], (left + torch.arange(w))[:, None, None, :]
-    return padded[torch.arange(b)[:, None, None, None], torch.arange(c)[:, None, None], rows, columns]
 
 
 def epochs(x: Tensor, y: Tensor, generator: torch.Generator, *, reach: int = 2) -> Batches:
