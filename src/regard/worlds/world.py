@@ -25,7 +25,7 @@ class World(ABC, Generic[Sample]):
 
     Args:
         seed: another seed gives other samples.
-        split: splits share the seed and no sample.
+        split: splits share the seed and, but for chance where there are few samples to draw, no sample.
         count: how many samples there are.
 
     Raises:
