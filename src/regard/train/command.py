@@ -59,7 +59,9 @@ def train_command(
         errors.print(f"Interrupted: the epochs that were finished are kept in {out}; go on with --resume")
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
-        errors.print(f"regard: {recipe} needs a package that is not installed ({error.name}): pip install 'regard[all]'")
+        errors.print(
+            f"regard: {recipe} needs a package that is not installed ({error.name}): pip install 'regard[all]'"
+        )
         raise typer.Exit(2) from None
     except ValueError as error:
         errors.print(f"regard: {error}")
