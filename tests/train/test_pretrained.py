@@ -14,8 +14,35 @@ from regard.train.pretrained import card, folder, pretrained, train, trained
 from regard.train.recipes import load, names, settings_of
 
 TINY: dict[str, dict[str, Any]] = {
+    "digits-cnn": {"width": 2, "epochs": 1, "batch_size": 500},
     "digits-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 14, "epochs": 1, "batch_size": 500},
     "recall-lm": {"dim": 8, "num_heads": 2, "depth": 1, "pairs": 2, "steps": 2, "epochs": 2, "batch_size": 4},
+    "shapes-clip": {"dim": 8, "depth": 1, "size": 32, "patch": 16, "steps": 1, "epochs": 1, "batch_size": 4},
+    "shapes-cnn": {"width": 2, "count": 20, "tests": 20, "epochs": 1},
+    "shapes-diffusion": {
+        "narrow": 8,
+        "wide": 16,
+        "text_dim": 8,
+        "steps": 2,
+        "tests": 2,
+        "epochs": 1,
+        "batch_size": 4,
+    },
+    "shapes-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 24, "count": 20, "tests": 20, "epochs": 1},
+    "shapes-vlm": {
+        "dim": 16,
+        "depth": 2,
+        "tower": "",
+        "tower_dim": 8,
+        "tower_depth": 1,
+        "size": 32,
+        "patch": 16,
+        "steps": 2,
+        "tests": 3,
+        "suspects": 4,
+        "epochs": 1,
+        "batch_size": 4,
+    },
     "text-lm": {"dim": 12, "num_heads": 2, "num_kv_heads": 1, "depth": 1, "context": 16, "steps": 2, "epochs": 2},
 }
 
@@ -27,7 +54,8 @@ def test_trained_and_loaded(name: str, tmp_path: Path) -> None:
     assert trained(tmp_path) == ["mine"]
     facts = card("mine", tmp_path)
     assert facts["settings"] == settings_of(load(name, TINY[name]))
-    assert facts["command"].startswith(f"regard train {name} --set dim=")
+    chosen = [f"--set {key}={value}" for key, value in TINY[name].items()]
+    assert facts["command"] == " ".join([f"regard train {name}", *chosen])
     model = pretrained("mine", tmp_path)
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]

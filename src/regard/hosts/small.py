@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import nn
+
+from regard.hosts.painter import Painter
 
 
 def llama(vocab_size: int, dim: int, num_heads: int, num_kv_heads: int, depth: int, context: int) -> nn.Module:
@@ -44,3 +50,135 @@ def vit(
         reg_tokens=registers,
         no_embed_class=True,
     )
+
+
+def words_tokenizer(words: Sequence[str], length: int) -> Any:
+    """A tokenizer of transformers with a token a word; the first three words are padding, start and end.
+
+    Args:
+        words: the vocabulary; a word's number is its place.
+        length: tokens that texts are padded to.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    padding, start, end = words[:3]
+    whole = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=padding))
+    whole.pre_tokenizer = WhitespaceSplit()
+    whole.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole, model_max_length=length, pad_token=padding, bos_token=start, eos_token=end
+    )
+
+
+def painter(words: Sequence[str], size: int, widths: tuple[int, ...], text_dim: int, window: int) -> Painter:
+    """A :class:`Painter` of ``size`` x ``size`` pixels whose UNet attends at each of its levels, in four heads."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=text_dim,
+        intermediate_size=4 * text_dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=window,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    unet: Any = UNet2DConditionModel(
+        sample_size=size // Painter.FOLD,
+        in_channels=3 * Painter.FOLD**2,
+        out_channels=3 * Painter.FOLD**2,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        cross_attention_dim=text_dim,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    unet.to(memory_format=torch.channels_last)
+    return Painter(unet, CLIPTextModel(text), words_tokenizer(words, window))
+
+
+def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
+    """Facts of a CLIP vision tower with four heads."""
+    return {
+        "image_size": size,
+        "patch_size": patch,
+        "hidden_size": dim,
+        "intermediate_size": 2 * dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+    }
+
+
+def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: int, joint: int) -> nn.Module:
+    """transformers' CLIP with equally wide towers, meeting in ``joint`` numbers; words as in :func:`words_tokenizer`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": dim,
+        "intermediate_size": 2 * dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": window,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth), projection_dim=joint))
+
+
+def llava(words: int, size: int, patch: int, tower: tuple[int, int], dim: int, depth: int, context: int) -> nn.Module:
+    """transformers' Llava: a CLIP vision tower (width, depth), and a Llama of four heads over two key heads.
+
+    Args:
+        words: in the vocabulary; the number after the last stands for a place of the image.
+        context: longest sequence, image included.
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=words + 1,
+        hidden_size=dim,
+        intermediate_size=3 * dim,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=CLIPVisionConfig(**_vision(size, patch, *tower)),
+        vision_feature_layer=-1,
+        image_seq_length=(size // patch) ** 2,
+    )
+    config.image_token_id = words
+    return LlavaForConditionalGeneration(config)
+
+
+def resnet(channels: int, classes: int, width: int) -> nn.Module:
+    """timm's ResNet of four stages of one block for small images: the first stage at full size, the last at an eighth."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    model = ResNet(
+        BasicBlock,  # type: ignore[arg-type]
+        (1, 1, 1, 1),
+        num_classes=classes,
+        in_chans=channels,
+        channels=(width, 2 * width, 4 * width, 8 * width),
+        stem_width=width,
+    )
+    model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, padding=1, bias=False)  # type: ignore[assignment, arg-type]
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    return model

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 
 from regard.train.checkpoint import load_checkpoint, save_checkpoint
 
 Batch = tuple[Tensor, ...]
 Curve = dict[str, list[float]]
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Recipe:
 
     ``warmup`` is a share of all steps, ``clip`` the largest gradient norm. Weight decay is for matrices and kernels only.
     With ``ema`` above 0 what is measured and kept is the average of the weights, of which every step keeps that share.
+    ``precision`` is that of the forward pass in training: 32-true, 16-mixed or bf16-mixed; the weights are in float32.
     """
 
     epochs: int = 6
@@ -34,6 +39,7 @@ class Recipe:
     clip: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.0
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr", "clip"):
@@ -42,6 +48,8 @@ class Recipe:
         for name in ("warmup", "label_smoothing", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}")
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of ``step`` out of ``steps``."""
@@ -77,6 +85,16 @@ class Task(Protocol):
         ...
 
 
+class SingleAttention(TorchFunctionMode):
+    """Fused attention on CPUs in single precision: its backward pass in bfloat16 takes several times as long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].device.type == "cpu":
+            with torch.autocast("cpu", enabled=False):
+                return func(*(x.float() for x in args), **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def order(n: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch depends on nothing but the seed and the epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -92,7 +110,6 @@ def fit(
     device: str = "cpu",
     devices: int = 1,
     nodes: int = 1,
-    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true",
     logger: Any = None,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> Curve:
@@ -108,7 +125,6 @@ def fit(
         device: an accelerator name that Lightning Fabric knows.
         devices: processes on each machine, all started by ``torchrun`` and with this call; each batch is divided among them.
         nodes: machines.
-        precision: of the forward pass; mixed forms keep the weights in float32.
         logger: one logger of Lightning Fabric or several, for CSV files, TensorBoard, ...
         report: called after each epoch with its number and figures.
 
@@ -119,7 +135,12 @@ def fit(
 
     strategy = "ddp" if devices * nodes > 1 else "auto"
     fabric = Fabric(
-        accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision, loggers=logger
+        accelerator=device,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=recipe.precision,  # type: ignore[arg-type]
+        loggers=logger,
     )
     if fabric.world_size > 1:
         fabric.launch()
@@ -141,7 +162,8 @@ def fit(
                 group["lr"] = recipe.rate(epoch * len(task) + i, steps)
             batch = task.batch(epoch, i)
             mine = tuple(fabric.to_device(t[fabric.global_rank :: fabric.world_size]) for t in batch)
-            loss = task.loss(network, mine)
+            with nullcontext() if recipe.precision == "32-true" else SingleAttention():
+                loss = task.loss(network, mine)
             stepper.zero_grad()
             fabric.backward(loss * (len(mine[0]) * fabric.world_size / len(batch[0])))
             fabric.clip_gradients(network, stepper, max_norm=recipe.clip, error_if_nonfinite=False)

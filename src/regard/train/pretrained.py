@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from regard.catalog.registry import ROOT
 from regard.train.files import write_whole
@@ -88,6 +88,7 @@ def train(
 ) -> Path:
     """Train a model by a recipe and write ``OUT/NAME.safetensors``, then ``OUT/NAME.json``, its card.
 
+    Weights are kept in half precision, and the card's figures are those of what is kept.
     A checkpoint ``OUT/NAME.part.safetensors`` lives there meanwhile, from which an interrupted run goes on.
 
     Args:
@@ -109,10 +110,10 @@ def train(
     if not resume:
         part.unlink(missing_ok=True)
     start = time.perf_counter()
-    model = trainable.network()
+    model, task = trainable.start(), trainable.task()
     curve = fit(
         model,
-        trainable.task(),
+        task,
         trainable.recipe,
         seed=trainable.seed,
         checkpoint=part,
@@ -125,14 +126,17 @@ def train(
     path = place / f"{name}.safetensors"
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return path
-    data = save({key: value.cpu().contiguous() for key, value in _own(model).items()})
+    data = save({key: _kept(value) for key, value in _own(model).items()})
+    model.load_state_dict(load(data), strict=False)
+    with torch.no_grad():
+        figures = {"loss": curve["loss"][-1], **task.measure(model.eval())}
     chosen = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
     facts = {
         "recipe": recipe,
         "about": " ".join((type(trainable).__doc__ or "").split()),
         "command": f"regard train {recipe} {chosen}".strip(),
         "settings": settings_of(trainable),
-        "figures": {key: values[-1] for key, values in curve.items()},
+        "figures": figures,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - start, 1),
         "torch": torch.__version__,
@@ -143,6 +147,10 @@ def train(
     write_whole(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     part.unlink(missing_ok=True)
     return path
+
+
+def _kept(value: Tensor) -> Tensor:
+    return (value.half() if value.is_floating_point() else value).cpu().contiguous()
 
 
 def _own(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,6 +28,10 @@ class Trainable(Protocol):
         """The untrained model, its initial values drawn from ``seed``."""
         ...
 
+    def start(self) -> nn.Module:
+        """The model that training starts from: the untrained one unless a recipe builds on another's."""
+        return self.network()
+
     def task(self) -> Task: ...
 
 

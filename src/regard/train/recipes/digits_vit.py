@@ -10,11 +10,12 @@ from torch import nn
 from regard.hosts.small import vit
 from regard.train.classify import Classify
 from regard.train.loop import Recipe
+from regard.train.recipes import Trainable
 from regard.worlds.digits import digits
 
 
 @dataclass(frozen=True)
-class DigitsViT:
+class DigitsViT(Trainable):
     """A ViT with a class token and register tokens that classifies handwritten digits.
 
     Data: 4,000 MNIST digits of 28 x 28 pixels, moved by up to two pixels in training; measured on 1,000 others. Limits:

@@ -10,11 +10,12 @@ from torch import nn
 from regard.hosts.small import llama
 from regard.train.language import Answer
 from regard.train.loop import Recipe
+from regard.train.recipes import Trainable
 from regard.worlds.recall import Recall
 
 
 @dataclass(frozen=True)
-class RecallLM:
+class RecallLM(Trainable):
     """A Llama of two blocks that answers multi-query associative recall: which value stood behind this key?
 
     Data: the world ``Recall``, endless; measured on its test split. Limits: sequences of the length it was trained on.

@@ -10,11 +10,12 @@ from torch import nn
 from regard.hosts.small import llama
 from regard.train.language import Predict
 from regard.train.loop import Recipe
+from regard.train.recipes import Trainable
 from regard.worlds.text import english
 
 
 @dataclass(frozen=True)
-class TextLM:
+class TextLM(Trainable):
     """A Llama of two million parameters that predicts English byte by byte.
 
     Data: the reference pages and docstrings of Python's standard library, prose only; measured on the last tenth of each

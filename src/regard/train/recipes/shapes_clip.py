@@ -1,0 +1,49 @@
+"""An image-text encoder that tells which sentence is about which picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from regard.hosts.small import clip
+from regard.train.loop import Recipe
+from regard.train.match import Match
+from regard.train.recipes import Trainable
+from regard.worlds.shapes.language import Vocabulary
+from regard.worlds.shapes.world import Shapes
+
+
+@dataclass(frozen=True)
+class ShapesClip(Trainable):
+    """A CLIP of two small transformers over pictures of 16 x 16 patches and sentences.
+
+    Data: the world of shapes at 64 x 64 pixels, one to three things of 8 shapes and 8 colours on a plain background, endless;
+    captions name the things, plain relations and, every second time, the background. Measured by retrieval among 32 test
+    scenes. Limits: it knows no other words.
+    """
+
+    dim: int = 128
+    depth: int = 3
+    joint: int = 64
+    size: int = 64
+    patch: int = 4
+    window: int = 32
+    steps: int = 125
+    seed: int = 0
+    recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
+        epochs=8, batch_size=128, lr=1e-3, weight_decay=0.05, warmup=0.1, ema=0.99, precision="bf16-mixed"
+    )
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return clip(Vocabulary().words, self.window, self.size, self.patch, self.dim, self.depth, self.joint)
+
+    def task(self) -> Match:
+        count = self.steps * self.recipe.epochs * self.recipe.batch_size
+        world = Shapes(size=self.size, things=(1, 3), sizes=(0.15, 0.46), seed=self.seed, count=count)
+        return Match(world, self.recipe, self.steps, self.window)
+
+
+RECIPE = ShapesClip
