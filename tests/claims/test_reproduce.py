@@ -116,6 +116,37 @@ def test_code_that_a_claim_builds_on_counts(tmp_path: Path, monkeypatch: pytest.
         assert (code_hash("rela") != before) is changes, file
 
 
+def test_neither_docstrings_nor_blank_lines_make_a_result_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regard.claims.reproduce.ROOT", tmp_path)
+    (tmp_path / "claims").mkdir()
+    file = tmp_path / "claims" / "rela.py"
+    hashes = []
+    for text in (
+        '"""What."""\nA = 1\n\ndef f():\n    """Why.\n\n    More.\n    """\n    return A\n',
+        '"""What else."""\nA = 1\ndef f():\n    """Why not."""\n\n    return A\n',
+        '"""What."""\nA = 1\ndef f():\n    return A\n',
+        '"""What."""\nA = 2\ndef f():\n    return A\n',
+    ):
+        file.write_text(text)
+        hashes.append(code_hash("rela"))
+    assert len(set(hashes[:3])) == 1
+    assert hashes[3] != hashes[0]
+
+
+def test_another_trained_model_makes_a_result_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regard.claims.reproduce.ROOT", tmp_path)
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "rela.py").write_text('model = pretrained("mine")\n')
+    monkeypatch.setattr("regard.claims.reproduce.trained", lambda: ["mine"])
+    hashes = []
+    for digest in ("a", "a", "b"):
+        monkeypatch.setattr("regard.claims.reproduce.card", lambda name: {"sha256": digest})  # noqa: B023
+        hashes.append(code_hash("rela"))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_each_result_is_stored_as_it_comes(easy: None, tmp_path: Path) -> None:
     with closing(reproduce_many(["rela", "cbam", "rela"], seeds=5, out=tmp_path)) as events:
         assert (next(events).kind, next(events).kind) == ("started", "done")

@@ -7,15 +7,18 @@ import torch
 from torch import Tensor, nn
 
 import regard as rg
-from regard.controllers._words import WINDOW, Words, positions_of, refine_mapper, replace_matrix, word_tokens
+from regard.controllers._words import Words, positions_of, refine_mapper, replace_matrix, word_tokens
 from regard.controllers.prompt_to_prompt import LocalBlend, PromptToPrompt, Refine, Replace, Reweight
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 5
+WINDOW = 77
 
 
 class Pieces:
     """Cuts words into pieces of three letters, so that words differ in their number of tokens."""
+
+    model_max_length = WINDOW
 
     def __init__(self) -> None:
         self.known: dict[str, int] = {}
@@ -220,7 +223,7 @@ def test_refine_is_the_best_alignment() -> None:
         n, m = (int(x) for x in torch.randint(1, 6, (2,), generator=generator))
         source = torch.randint(0, 3, (n,), generator=generator).tolist()
         target = torch.randint(0, 3, (m,), generator=generator).tolist()
-        mapper = refine_mapper(source, target)[:m].tolist()
+        mapper = refine_mapper(source, target, WINDOW)[:m].tolist()
         aligned = [i for i in mapper if i >= 0]
         assert aligned == sorted(set(aligned))
         assert all(source[i] == target[j] for j, i in enumerate(mapper) if i >= 0)
@@ -232,7 +235,7 @@ def test_refine_is_the_best_alignment() -> None:
                         best, sum(1 if source[i] == target[j] else -1 for i, j in zip(rows, columns, strict=True))
                     )
         assert _score(source, target, mapper) == best
-    assert refine_mapper([0, 5, 1], [0, 4, 5, 1])[:6].tolist() == [0, -1, 1, 2, 4, 5]
+    assert refine_mapper([0, 5, 1], [0, 4, 5, 1], WINDOW)[:6].tolist() == [0, -1, 1, 2, 4, 5]
 
 
 def test_refine_keeps_new_tokens_and_takes_the_rest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -25,6 +26,7 @@ from regard.catalog.registry import ROOT, modules
 from regard.claims.claim import Budget, ClaimResult, Row
 from regard.train.files import write_whole
 from regard.train.pool import Call, Event, run_calls, run_here
+from regard.train.pretrained import card, trained
 from regard.train.ray import run_on_ray
 
 
@@ -55,11 +57,30 @@ def load(slug: str) -> ClaimModule:
 
 
 def code_hash(slug: str) -> str:
-    """Hash of the paper's own code, its claim and what that builds on in this folder: a result of other code is stale."""
+    """Hash of what a claim's result depends on; a result with another hash is stale.
+
+    That is the code, without docstrings, of the paper, of its claim and of what that uses in this folder, and the trained
+    models that it names.
+    """
     stem = slug.replace("-", "_")
     own = sorted(ROOT.rglob(f"{stem}.py"))
     assert slug in modules() or own
-    return hashlib.sha256(b"".join(p.read_bytes() for p in [*own, *_helpers(stem)])).hexdigest()[:16]
+    code = [_code(path) for path in [*own, *_helpers(stem)]]
+    models = sorted({name for text in code for name in re.findall(r"""\bpretrained\("([\w-]+)"\)""", text)})
+    digests = [card(name)["sha256"] for name in models if name in trained()]
+    return hashlib.sha256("\n".join([*code, *digests]).encode()).hexdigest()[:16]
+
+
+def _code(path: Path) -> str:
+    """The lines of a file that are neither blank nor of a docstring."""
+    text = path.read_text()
+    spans = [
+        (node.body[0].lineno, node.body[0].end_lineno or 0)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None
+    ]
+    said = {line for first, last in spans for line in range(first, last + 1)}
+    return "\n".join(line for i, line in enumerate(text.splitlines(), 1) if i not in said and line.strip())
 
 
 def _helpers(stem: str) -> list[Path]:

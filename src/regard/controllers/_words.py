@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-WINDOW = 77
-
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer: ids with the start and end tokens, and the text of one id."""
+    """What is needed of a tokenizer: ids with the start and end tokens, the text of one id, and the length of the window."""
+
+    model_max_length: int
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -22,8 +22,8 @@ class Tokenizer(Protocol):
 def word_tokens(prompt: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Token positions of each word of ``prompt`` (split at blanks); position 0 is the start token."""
     ids = tokenizer.encode(prompt)
-    if len(ids) > WINDOW:
-        raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens; the text window has {WINDOW}")
+    if len(ids) > tokenizer.model_max_length:
+        raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens; the text window has {tokenizer.model_max_length}")
     pieces = [tokenizer.decode([i]).strip().removeprefix("##") for i in ids[1:-1]]
     positions: list[list[int]] = []
     at = 0
@@ -48,11 +48,12 @@ def positions_of(word: str, prompt: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def replace_matrix(source: str, target: str, tokenizer: Tokenizer) -> Tensor:
-    """M (77, 77) of a word swap. Raises ValueError when the prompts have different numbers of words."""
+    """M (window, window) of a word swap. Raises ValueError when the prompts have different numbers of words."""
     old, new = source.split(), target.split()
     if len(old) != len(new):
         raise ValueError(f"a word swap needs as many words; got {len(old)} in {source!r} and {len(new)} in {target!r}")
-    matrix = torch.zeros(WINDOW, WINDOW)
+    window = tokenizer.model_max_length
+    matrix = torch.zeros(window, window)
     matrix[0, 0] = 1
     end = 0
     for one, two in zip(word_tokens(source, tokenizer), word_tokens(target, tokenizer), strict=True):
@@ -62,26 +63,26 @@ def replace_matrix(source: str, target: str, tokenizer: Tokenizer) -> Tensor:
             for i in one:
                 matrix[i, two] = 1 / len(two)
         end = max([end, *two])
-    rest = torch.arange(end + 1, WINDOW)
+    rest = torch.arange(end + 1, window)
     matrix[rest, rest] = 1
     return matrix
 
 
-def refine_mapper(source: Sequence[int], target: Sequence[int]) -> Tensor:
-    """For each of 77 target tokens the source token it is aligned with, or -1.
+def refine_mapper(source: Sequence[int], target: Sequence[int], window: int) -> Tensor:
+    """For each of ``window`` target tokens the source token it is aligned with, or -1.
 
     A global alignment with match 1, mismatch -1, gap 0.
     Beyond the last token of the target the padding maps to itself.
     """
     n, m = len(source), len(target)
-    if max(n, m) > WINDOW:
-        raise ValueError(f"a prompt has {max(n, m)} tokens; the text window has {WINDOW}")
+    if max(n, m) > window:
+        raise ValueError(f"a prompt has {max(n, m)} tokens; the text window has {window}")
     score = [[0] * (m + 1) for _ in range(n + 1)]
     for i in range(1, n + 1):
         for j in range(1, m + 1):
             match = score[i - 1][j - 1] + (1 if source[i - 1] == target[j - 1] else -1)
             score[i][j] = max(match, score[i - 1][j], score[i][j - 1])
-    mapper = torch.arange(WINDOW)
+    mapper = torch.arange(window)
     mapper[:m] = -1
     i, j = n, m
     while i and j:
@@ -98,7 +99,8 @@ def refine_mapper(source: Sequence[int], target: Sequence[int]) -> Tensor:
 class Words:
     """One token a word, numbered by a hash: for hosts whose text encoder reads whole words."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_max_length: int = 77) -> None:
+        self.model_max_length = model_max_length
         self.words: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:

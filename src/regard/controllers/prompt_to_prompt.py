@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.catalog import Tags, method
-from regard.controllers._words import WINDOW, Tokenizer, Words, positions_of, refine_mapper, replace_matrix
+from regard.controllers._words import Tokenizer, Words, positions_of, refine_mapper, replace_matrix
 from regard.core.apply import SiteView
 from regard.core.edit import Edit
 from regard.core.step import Step
@@ -29,7 +29,7 @@ class Refine:
     r"""Added words: :math:`A^{new}_j = A^{source}_{m(j)}` where token j of the target is aligned, its own weight elsewhere."""
 
     def weights(self, source: str, target: str, tokenizer: Tokenizer) -> Callable[[Tensor, Tensor], Tensor]:
-        mapper = refine_mapper(tokenizer.encode(source), tokenizer.encode(target))
+        mapper = refine_mapper(tokenizer.encode(source), tokenizer.encode(target), tokenizer.model_max_length)
         aligned = mapper >= 0
 
         def change(from_source: Tensor, own: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Reweight:
     base: Replace | Refine | None = None
 
     def weights(self, source: str, target: str, tokenizer: Tokenizer) -> Callable[[Tensor, Tensor], Tensor]:
-        equalizer = torch.ones(WINDOW)
+        equalizer = torch.ones(tokenizer.model_max_length)
         for word, factor in self.factors.items():
             equalizer[positions_of(word, target, tokenizer)] = factor
         first = self.base.weights(source, target, tokenizer) if self.base else lambda from_source, own: from_source
@@ -90,12 +90,12 @@ class PromptToPrompt:
     The layout of an image stands in its cross-attention maps: where the edited prompt uses those of the source, the image
     stays and only what the words say changes. Self-attention at low resolution is taken over for a shorter while.
 
-    .. math:: A_{edit} \leftarrow a_i f(A_{source}, A_{edit}) + (1 - a_i) A_{edit}, \qquad a_i \in \{0, 1\}^{77}
+    .. math:: A_{edit} \leftarrow a_i f(A_{source}, A_{edit}) + (1 - a_i) A_{edit}, \qquad a_i \in \{0, 1\}^{window}
 
     Args:
         prompts: the source first, then the edits.
         edit: :class:`Replace`, :class:`Refine` or :class:`Reweight`, one for all edited prompts.
-        tokenizer: of the text encoder.
+        tokenizer: of the text encoder; its ``model_max_length`` is the window that prompts are padded to, 77 in CLIP.
         num_steps: denoising steps of the loop around the model.
         cross: share of the steps in which cross-attention is taken over, or {word of the edit: (from, to)} with ``"default_"``.
         self_attention: share of the steps in which self-attention is taken over.
@@ -103,13 +103,13 @@ class PromptToPrompt:
         guided: the batch is [unconditional, conditional]; only the conditional half is changed.
         blend: restricts the change to a region; call :meth:`blended` on the latents after each step.
 
-    Shape: the host's batch is (len(prompts), ...), twice that when guided; keys of cross-attention are the 77 text tokens.
+    Shape: the host's batch is (len(prompts), ...), twice that when guided; keys of cross-attention are the tokens of the window.
 
     Raises:
         ValueError: fewer than two prompts, a word that is not there, prompts that do not fit the edit, shares outside [0, 1],
             a host of joint attention.
 
-    Cost: cross-attention sites with a taken-over map hold their matrix, heads x N x 77; self-attention stays fused.
+    Cost: cross-attention sites with a taken-over map hold their matrix, heads x N x window; self-attention stays fused.
 
     Example:
         >>> import regard as rg
@@ -148,6 +148,7 @@ class PromptToPrompt:
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be 1 or more")
         self.prompts, self.num_steps, self.guided, self.blend = tuple(prompts), num_steps, guided, blend
+        self.window = tokenizer.model_max_length
         self.changes = [edit.weights(prompts[0], target, tokenizer) for target in prompts[1:]]
         self.schedule = _schedule(prompts, cross, num_steps, tokenizer)
         self.self_steps = int(self_attention * num_steps)
@@ -158,7 +159,7 @@ class PromptToPrompt:
                 raise ValueError(
                     f"blend.words must name words for each of {len(prompts)} prompts; got {len(blend.words)}"
                 )
-            self.region_tokens = torch.zeros(len(prompts), WINDOW)
+            self.region_tokens = torch.zeros(len(prompts), self.window)
             for i, (words, prompt) in enumerate(zip(blend.words, prompts, strict=True)):
                 self.region_tokens[i, [p for w in words for p in positions_of(w, prompt, tokenizer)]] = 1
 
@@ -193,8 +194,10 @@ class PromptToPrompt:
 
     def _cross(self, weights: Tensor, index: int) -> Tensor:
         first, _ = self.rows(len(weights))
-        if weights.shape[-1] != WINDOW:
-            raise ValueError(f"cross-attention to {weights.shape[-1]} text tokens; the prompts are padded to {WINDOW}")
+        if weights.shape[-1] != self.window:
+            raise ValueError(
+                f"cross-attention to {weights.shape[-1]} text tokens; the prompts are padded to {self.window}"
+            )
         source = weights[first]
         rows = list(weights)
         for i, change in enumerate(self.changes):
@@ -229,10 +232,10 @@ class PromptToPrompt:
 def _schedule(
     prompts: Sequence[str], cross: float | Mapping[str, tuple[float, float]], num_steps: int, tokenizer: Tokenizer
 ) -> Tensor:
-    """(steps, edits, 77), 1 where the map of a token is taken over in a step."""
+    """(steps, edits, window), 1 where the map of a token is taken over in a step."""
     spans = {"default_": (0.0, float(cross))} if isinstance(cross, float | int) else dict(cross)
     default = spans.pop("default_", (0.0, 1.0))
-    schedule = torch.zeros(num_steps, len(prompts) - 1, WINDOW)
+    schedule = torch.zeros(num_steps, len(prompts) - 1, tokenizer.model_max_length)
     schedule[int(default[0] * num_steps) : int(default[1] * num_steps)] = 1
     for word, (start, end) in spans.items():
         named = [i for i, prompt in enumerate(prompts[1:]) if word in [w.strip(".,;:!?") for w in prompt.split()]]
