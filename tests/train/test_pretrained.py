@@ -55,7 +55,7 @@ def test_trained_and_loaded(name: str, tmp_path: Path) -> None:
     facts = card("mine", tmp_path)
     assert facts["settings"] == settings_of(load(name, TINY[name]))
     chosen = [f"--set {key}={value}" for key, value in TINY[name].items()]
-    assert facts["command"] == " ".join([f"regard train {name}", *chosen])
+    assert facts["command"] == " ".join([f"regard train {name}", *chosen, "--name mine"])
     model = pretrained("mine", tmp_path)
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]

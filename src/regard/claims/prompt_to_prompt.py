@@ -76,7 +76,7 @@ def one(found: Sequence[Found], phrase: Phrase) -> Found | None:
 
 def cases(painter: Any, count: int, steps: int, seed: int) -> tuple[list[Case], float]:
     """The first ``count`` captions that are painted rightly, and how many are."""
-    world = Shapes(size=32, things=(2, 2), sizes=(0.28, 0.46), seed=seed, split="test", count=20 * count)
+    world = Shapes(size=32, things=(2, 2), sizes=(0.33, 0.46), tilt=0.0, seed=seed, split="test", count=20 * count)
     kept: list[Case] = []
     tried = 0
     for index in range(len(world)):

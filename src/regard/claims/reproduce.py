@@ -7,8 +7,6 @@ import difflib
 import hashlib
 import importlib
 import json
-import os
-import platform
 import re
 import subprocess
 import time
@@ -25,6 +23,7 @@ from regard.catalog.papers import papers
 from regard.catalog.registry import ROOT, modules
 from regard.claims.claim import Budget, ClaimResult, Row
 from regard.train.files import write_whole
+from regard.train.machine import machine
 from regard.train.pool import Call, Event, run_calls, run_here
 from regard.train.pretrained import card, trained
 from regard.train.ray import run_on_ray
@@ -103,12 +102,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def reproduce(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import ROOT
 from regard.train.files import write_whole
 from regard.train.loop import fit
+from regard.train.machine import machine
 from regard.train.recipes import load as load_recipe
 from regard.train.recipes import settings_of
 
@@ -130,15 +131,17 @@ def train(
     model.load_state_dict(load(data), strict=False)
     with torch.no_grad():
         figures = {"loss": curve["loss"][-1], **task.measure(model.eval())}
-    chosen = " ".join(f"--set {key}={value}" for key, value in (settings or {}).items())
+    chosen = [f"--set {key}={value}" for key, value in (settings or {}).items()]
+    named = [] if name == recipe else [f"--name {name}"]
     facts = {
         "recipe": recipe,
         "about": " ".join((type(trainable).__doc__ or "").split()),
-        "command": f"regard train {recipe} {chosen}".strip(),
+        "command": " ".join(["regard train", recipe, *chosen, *named]),
         "settings": settings_of(trainable),
         "figures": figures,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - start, 1),
+        "machine": machine(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "sha256": hashlib.sha256(data).hexdigest(),

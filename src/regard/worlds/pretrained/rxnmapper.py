@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.worlds.pretrained.package import Package, Pretrained
+from regard.worlds.pretrained.source import Package, Pretrained, fill
 
 LAYER, HEAD = 10, 5
 """Where the authors read the atom map, counted from 0."""
@@ -75,9 +75,7 @@ def load() -> Pretrained:
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     model = AlbertForMaskedLM(AlbertConfig.from_json_file(folder / "config.json"))
-    state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    own = model.state_dict().keys()
-    model.load_state_dict({key: value for key, value in state.items() if key in own})
+    fill(model, torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True))
     return Pretrained(model.eval(), SmilesTokenizer(folder / "vocab.txt"), PACKAGE)
 
 

