@@ -1,4 +1,4 @@
-"""What mkdocs builds besides the pages that lie in this folder: methods, catalogue, scoreboard, worlds, reference."""
+"""Pages that mkdocs builds besides those of this folder: methods, catalogue, scoreboard, trained models, worlds, reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from pages import catalogue, method, reference, results, worlds
+from pages import catalogue, method, models, reference, results, worlds
 
 from regard.catalog.papers import papers
 
@@ -24,6 +24,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         **method.pages(),
         "catalogue.md": catalogue.page(papers()),
         "scoreboard.md": results.scoreboard(),
+        "models.md": models.page(),
         **reference.pages(),
         **worlds.pages(),
     }

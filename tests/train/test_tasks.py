@@ -1,0 +1,119 @@
+"""What the small models are trained on: pictures with sentences and with questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from regard.train.converse import IGNORE, Converse, interview, suspicions
+from regard.train.loop import Recipe
+from regard.train.match import Match
+from regard.train.paint import Paint, captioned
+from regard.train.recipes.shapes_vlm import BIAS
+from regard.worlds.shapes.judge import judge, satisfies
+from regard.worlds.shapes.language import Vocabulary, read_caption
+from regard.worlds.shapes.world import Shapes
+
+WORLD = Shapes(size=48, things=(1, 3), count=400)
+RECIPE = Recipe(batch_size=3)
+
+
+def test_captions_are_true() -> None:
+    pairs = [captioned(WORLD, i) for i in range(20)]
+    assert all(satisfies(image, said) for image, said in pairs)
+    assert {said.tone is None for _, said in pairs} == {True, False}
+
+
+def test_painting_leaves_some_captions_out() -> None:
+    task = Paint(WORLD, RECIPE, steps=100, unsaid=0.3)
+    images, _ = task.batch(1, 4)
+    assert images.shape == (3, 3, 48, 48)
+    assert torch.equal(images[1], WORLD[(100 + 4) * 3 + 1].image)
+    words = Vocabulary()
+    said = [words.decode(row) for step in range(30) for row in task.batch(0, step)[1]]
+    assert 0.15 < said.count("") / len(said) < 0.45
+    assert all(read_caption(text) for text in said if text)
+
+
+def test_batches_of_an_epoch_differ_and_come_again() -> None:
+    for task in (Paint(WORLD, RECIPE, 2), Match(WORLD, RECIPE, 2), Converse(WORLD, RECIPE, 2, patch=24)):
+        first, second, again = task.batch(0, 0), task.batch(0, 1), task.batch(0, 0)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+        assert not torch.equal(first[0], second[0])
+
+
+def test_matching_is_right_for_a_model_that_knows() -> None:
+    class Knows(torch.nn.Module):
+        def __init__(self, right: bool) -> None:
+            super().__init__()
+            self.right, self.anything = right, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor) -> "Knows":
+            """The i-th text is about the i-th picture, or about the one before."""
+            self.logits_per_text = torch.eye(len(input_ids)).roll(0 if self.right else 1, 0)
+            return self
+
+    task = Match(WORLD, RECIPE, 1, tests=2, among=4)
+    assert task.measure(Knows(True)) == {"image_of_text": 1.0, "text_of_image": 1.0}
+    assert task.measure(Knows(False)) == {"image_of_text": 0.0, "text_of_image": 0.0}
+
+
+def test_questions_have_true_answers() -> None:
+    for i in range(20):
+        image, asked = interview(WORLD, i)
+        found = judge(image)
+        kinds = [one.kind for one in asked]
+        assert kinds.count("existence") == 2
+        assert "pattern" not in kinds
+        for one in asked:
+            if one.kind == "existence":
+                phrase = one.text.removeprefix("is there a ").removesuffix(" ?")
+                assert one.answer == ("yes" if phrase in [f"{f.colour} {f.shape}" for f in found] else "no")
+            if one.kind == "description":
+                assert satisfies(image, one.answer)
+
+
+def test_sequences_hold_questions_and_ask_for_answers() -> None:
+    task, words = Converse(WORLD, RECIPE, 1, patch=24), Vocabulary()
+    asked = [interview(WORLD, i) for i in range(4)]
+    images, ids, targets = task.sequences(asked)
+    assert images.shape == (4, 3, 48, 48)
+    assert (ids[:, 1 : 1 + task.places] == len(words)).all()
+    for (_, several), row, target in zip(asked, ids, targets):
+        text = " ".join(words.words[i] for i in row[1 + task.places :].tolist())
+        expected = " ".join(f"{one.text} {one.answer} <end>" for one in several)
+        assert text.startswith(expected)
+        at = (target != IGNORE).nonzero().flatten()
+        assert torch.equal(row[at + 1], target[at])
+        answers = " ".join(words.words[i] for i in target[at].tolist())
+        assert answers == " ".join(f"{one.answer} <end>" for one in several)
+
+
+def test_prompts_end_where_the_answer_begins() -> None:
+    task = Converse(WORLD, RECIPE, 1, patch=24)
+    asked = [(image, [one]) for image, several in (interview(WORLD, i) for i in range(2)) for one in several]
+    prompt, words = task.prompts(asked), Vocabulary()
+    for (_, (one,)), ids, mask in zip(asked, prompt["input_ids"], prompt["attention_mask"]):
+        kept = ids[mask.bool()]
+        assert kept[0] == words.START
+        assert (kept[1 : 1 + task.places] == len(words)).all()
+        assert " ".join(words.words[i] for i in kept[1 + task.places :].tolist()) == one.text
+        assert mask.diff().min() >= 0
+
+
+def test_suspicions_are_of_what_the_bias_leads_to_expect() -> None:
+    world = Shapes(size=48, things=(1, 4), bias=BIAS, split="test", count=400)
+    expected = {second for _, second, _ in BIAS}
+    asked = list(suspicions(world, "adversarial", 12))
+    for number, (image, (one,)) in enumerate(asked):
+        phrase = one.text.removeprefix("is there a ").removesuffix(" ?")
+        assert one.answer == ("no" if number % 2 else "yes")
+        kinds = [f"{f.colour} {f.shape}" for f in judge(image)]
+        assert (phrase in kinds) is (one.answer == "yes")
+        if one.answer == "no":
+            assert phrase in expected
+            assert any(first in kinds and second == phrase for first, second, _ in BIAS)
+    with pytest.raises(ValueError, match="count=9 is more than the"):
+        list(suspicions(replace(world, count=5), "adversarial", 9))
