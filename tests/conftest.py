@@ -1,15 +1,23 @@
 """Shapes in signatures are checked while the tests run, and only then."""
 
 import os
+import sys
+from types import ModuleType
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-TYPECHECKED = ["regard.ops", "regard.nn", "regard.layers", "regard.models"]
+TYPECHECKED = ["regard.ops", "regard.nn", "regard.layers", "regard.models", "regard.worlds", "regard.hosts.painter"]
 if os.environ.get("REGARD_TYPECHECK", "1") == "1":
-    install_import_hook(TYPECHECKED, "beartype.beartype")
+    from beartype import BeartypeConf, beartype
+
+    # The hook takes its decorator by name. An int is a float here, as it is for type checkers.
+    tower = ModuleType("tower")
+    tower.checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
+    sys.modules["tower"] = tower
+    install_import_hook(TYPECHECKED, "tower.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from regard.train.converse import IGNORE, Converse, interview, suspicions
 from regard.train.loop import Recipe
-from regard.train.match import Match
+from regard.train.match import KINDS, Match, patch_kinds, pixels
 from regard.train.paint import Paint, captioned
 from regard.train.recipes.shapes_vlm import BIAS
 from regard.worlds.shapes.judge import judge, satisfies
@@ -17,6 +19,7 @@ from regard.worlds.shapes.language import Vocabulary, read_caption
 from regard.worlds.shapes.world import Shapes
 
 WORLD = Shapes(size=48, things=(1, 3), count=400)
+TEST = replace(WORLD, split="test")
 RECIPE = Recipe(batch_size=3)
 
 
@@ -38,7 +41,7 @@ def test_painting_leaves_some_captions_out() -> None:
 
 
 def test_batches_of_an_epoch_differ_and_come_again() -> None:
-    for task in (Paint(WORLD, RECIPE, 2), Match(WORLD, RECIPE, 2), Converse(WORLD, RECIPE, 2, patch=24)):
+    for task in (Paint(WORLD, RECIPE, 2), Match(WORLD, RECIPE, 2, patch=24), Converse(WORLD, RECIPE, 2, patch=24)):
         first, second, again = task.batch(0, 0), task.batch(0, 1), task.batch(0, 0)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
         assert not torch.equal(first[0], second[0])
@@ -46,18 +49,48 @@ def test_batches_of_an_epoch_differ_and_come_again() -> None:
 
 def test_matching_is_right_for_a_model_that_knows() -> None:
     class Knows(torch.nn.Module):
+        """Says that the i-th text is about the i-th picture, or about the one before; and what is on each patch, or not."""
+
         def __init__(self, right: bool) -> None:
             super().__init__()
-            self.right, self.anything = right, torch.nn.Parameter(torch.zeros(1))
+            self.shift = 0 if right else 1
+            self.logit_scale = torch.nn.Parameter(torch.zeros(()))
+            self.visual_projection = torch.nn.Identity()
+            self.vision_model = SimpleNamespace(post_layernorm=torch.nn.Identity())
 
-        def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor) -> "Knows":
-            """The i-th text is about the i-th picture, or about the one before."""
-            self.logits_per_text = torch.eye(len(input_ids)).roll(0 if self.right else 1, 0)
-            return self
+        def forward(
+            self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor
+        ) -> SimpleNamespace:
+            at = next(i for i in range(0, 8, 4) if torch.equal(task_images(i), pixel_values))
+            kinds = torch.stack([patch_kinds(TEST[at + i], 6) for i in range(4)]).clamp_min(0)
+            patches = torch.eye(len(KINDS))[(kinds + self.shift) % len(KINDS)]
+            return SimpleNamespace(
+                logits_per_text=torch.eye(len(input_ids), 4).roll(self.shift, 1),
+                text_embeds=torch.cat([torch.zeros(4, len(KINDS)), torch.eye(len(KINDS))]),
+                vision_model_output=SimpleNamespace(last_hidden_state=torch.cat([patches[:, :1], patches], 1)),
+            )
 
-    task = Match(WORLD, RECIPE, 1, tests=2, among=4)
-    assert task.measure(Knows(True)) == {"image_of_text": 1.0, "text_of_image": 1.0}
-    assert task.measure(Knows(False)) == {"image_of_text": 0.0, "text_of_image": 0.0}
+    def task_images(first: int) -> torch.Tensor:
+        return pixels(torch.stack([TEST[first + i].image for i in range(4)]))
+
+    task = Match(WORLD, RECIPE, 1, patch=6, tests=2, among=4)
+    for right in (True, False):
+        figures = task.measure(Knows(right))
+        assert figures == dict.fromkeys(("image_of_text", "text_of_image", "kind_of_patch"), float(right))
+
+
+def test_patches_have_the_kind_of_what_covers_them() -> None:
+    sample = WORLD[7]
+    kinds = patch_kinds(sample, 4).view(12, 12)
+    for row, column in itertools.product(range(12), repeat=2):
+        inside = sample.index[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        counts = {i + 1: int((inside == i + 1).sum()) for i in range(len(sample.scene.things))}
+        covering = [i for i, n in counts.items() if n >= 8]
+        kind = int(kinds[row, column])
+        assert (kind >= 0) == bool(covering)
+        if kind >= 0:
+            assert KINDS[kind] in [sample.scene.things[i - 1].kind for i in covering]
+    assert (kinds >= 0).any()
 
 
 def test_questions_have_true_answers() -> None:

@@ -15,14 +15,21 @@ from regard.train.loop import Batch, Recipe
 from regard.worlds.shapes.facts import Caption, Verdict, truth
 from regard.worlds.shapes.judge import satisfies
 from regard.worlds.shapes.language import Vocabulary, caption
+from regard.worlds.shapes.sample import ShapesSample
 from regard.worlds.shapes.world import Shapes
 
 
-def captioned(world: Shapes, index: int) -> tuple[Float[Tensor, "3 h w"], Caption]:
-    """A picture and a sentence about it; every second one says the background."""
-    sample, rng = world[index], np.random.default_rng([world.seed, index])
+def describe(sample: ShapesSample, world: Shapes, index: int) -> Caption:
+    """A sentence about the sample ``index`` of ``world``; every second one says the background."""
+    rng = np.random.default_rng([world.seed, index])
     tone = sample.scene.background.tone if rng.uniform() < 0.5 else None
-    return sample.image, caption(rng, truth(sample), tone=tone)
+    return caption(rng, truth(sample), tone=tone)
+
+
+def captioned(world: Shapes, index: int) -> tuple[Float[Tensor, "3 h w"], Caption]:
+    """A picture and a sentence about it."""
+    sample = world[index]
+    return sample.image, describe(sample, world, index)
 
 
 @dataclass(frozen=True)

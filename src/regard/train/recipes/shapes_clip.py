@@ -20,8 +20,8 @@ class ShapesClip(Trainable):
     """A CLIP of two small transformers over pictures of 16 x 16 patches and sentences.
 
     Data: the world of shapes at 64 x 64 pixels, one to three things of 8 shapes and 8 colours on a plain background, endless;
-    captions name the things, plain relations and, every second time, the background. Measured by retrieval among 32 test
-    scenes. Limits: it knows no other words.
+    captions name the things, plain relations and, every second time, the background. Besides pictures with captions, patches are
+    matched with the names of the things on them. Measured by retrieval among 32 test scenes. Limits: it knows no other words.
     """
 
     dim: int = 128
@@ -33,7 +33,7 @@ class ShapesClip(Trainable):
     steps: int = 125
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
-        epochs=8, batch_size=128, lr=1e-3, weight_decay=0.05, warmup=0.1, ema=0.99, precision="bf16-mixed"
+        epochs=5, batch_size=128, lr=1e-3, weight_decay=0.05, warmup=0.1, ema=0.99, precision="bf16-mixed"
     )
 
     def network(self) -> nn.Module:
@@ -42,8 +42,8 @@ class ShapesClip(Trainable):
 
     def task(self) -> Match:
         count = self.steps * self.recipe.epochs * self.recipe.batch_size
-        world = Shapes(size=self.size, things=(1, 3), sizes=(0.15, 0.46), seed=self.seed, count=count)
-        return Match(world, self.recipe, self.steps, self.window)
+        world = Shapes(size=self.size, things=(1, 3), sizes=(0.2, 0.46), seed=self.seed, count=count)
+        return Match(world, self.recipe, self.steps, self.patch, self.window)
 
 
 RECIPE = ShapesClip

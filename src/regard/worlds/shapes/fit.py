@@ -50,7 +50,7 @@ class Fit:
         u, v = self.local(*pixels(size))
         if part is not None:
             return OUTLINES[self.shape][part](u, v) * (self.size / 2)
-        return looked_up(np.array(CLASSES.index(self.shape)), u, v) * (self.size / 2)
+        return looked_up(np.array(CLASSES.index(self.shape), np.int32), u, v) * (self.size / 2)
 
 
 def pixels(size: tuple[int, int]) -> tuple[Float[ndarray, "h w"], Float[ndarray, "h w"]]:
@@ -72,7 +72,7 @@ def looked_up(which: Int[ndarray, "*k"], u: Float[ndarray, "*p"], v: Float[ndarr
     step = CELLS / (2 * EDGE)
     column = np.clip((u + EDGE) * step + 0.5, 0, CELLS).astype(np.int32)
     row = np.clip((v + EDGE) * step + 0.5, 0, CELLS).astype(np.int32)
-    return tables().take((which.astype(np.int32) * (CELLS + 1) + row) * (CELLS + 1) + column)
+    return tables().take((which * (CELLS + 1) + row) * (CELLS + 1) + column)
 
 
 @cache
@@ -105,7 +105,7 @@ def overlap(
     which, cx, cy, size, angle = (column[:, None] for column in guesses.T)
     cos, sin, half = np.cos(np.radians(angle)), np.sin(np.radians(angle)), size / 2
     dx, dy = (x - cx) / half, (y - cy) / half
-    distance = looked_up(which, cos * dx + sin * dy, cos * dy - sin * dx) * half
+    distance = looked_up(which.astype(np.int32), cos * dx + sin * dy, cos * dy - sin * dx) * half
     inside = np.clip(0.5 + GROWN - distance, 0, 1)
     both, all_of_it = inside @ (region * counts), inside @ counts
     hidden = 1 - all_of_it / (inside.sum(1) + 1e-6)

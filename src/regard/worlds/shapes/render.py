@@ -60,7 +60,7 @@ def wave(t: Float[ndarray, "*p"], period: float, scale: float) -> Float[ndarray,
     return cover((np.abs((t / period) % 1 - 0.5) - 0.25) * period * scale)
 
 
-def second_tone(pattern: Pattern, x: Float[ndarray, "h w"], y: Float[ndarray, "h w"], size: float) -> ndarray:
+def second_tone(pattern: Pattern, x: Float[ndarray, "*p"], y: Float[ndarray, "*p"], size: float) -> ndarray:
     """How far the second tone covers each point of a thing of this size."""
     turn, period, scale = math.radians(pattern.angle), 2 * pattern.period, size / 2
     u, v = math.cos(turn) * x + math.sin(turn) * y, math.cos(turn) * y - math.sin(turn) * x
