@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regard.hosts.painter import Painter
+from regard.ops.positions import axial_sincos
 
 
 def llama(vocab_size: int, dim: int, num_heads: int, num_kv_heads: int, depth: int, context: int) -> nn.Module:
@@ -118,6 +119,17 @@ def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
     }
 
 
+def _see(tower: Any) -> None:
+    """Initial values with which a small vision tower learns soon: positions on the grid as large as the patches."""
+    config = tower.config
+    side = config.image_size // config.patch_size
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), config.hidden_size, base=100.0)
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight[1:] = places
+        nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * config.patch_size**2) ** -0.5)
+
+
 def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: int, joint: int) -> nn.Module:
     """transformers' CLIP with equally wide towers, meeting in ``joint`` numbers; words as in :func:`words_tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
@@ -164,7 +176,9 @@ def llava(words: int, size: int, patch: int, tower: tuple[int, int], dim: int, d
         image_seq_length=(size // patch) ** 2,
     )
     config.image_token_id = words
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    _see(model.model.vision_tower)
+    return model
 
 
 def resnet(channels: int, classes: int, width: int) -> nn.Module:

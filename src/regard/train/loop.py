@@ -91,7 +91,7 @@ class SingleAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and args[0].device.type == "cpu":
             with torch.autocast("cpu", enabled=False):
-                return func(*(x.float() for x in args), **(kwargs or {}))
+                return func(*(x.float() for x in args[:3]), *args[3:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

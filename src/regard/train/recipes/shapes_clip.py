@@ -30,10 +30,10 @@ class ShapesClip(Trainable):
     size: int = 64
     patch: int = 4
     window: int = 32
-    steps: int = 125
+    steps: int = 500
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
-        epochs=5, batch_size=128, lr=1e-3, weight_decay=0.05, warmup=0.1, ema=0.99, precision="bf16-mixed"
+        epochs=5, batch_size=32, lr=1e-3, weight_decay=0.05, warmup=0.05, ema=0.995, precision="bf16-mixed"
     )
 
     def network(self) -> nn.Module:

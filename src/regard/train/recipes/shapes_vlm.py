@@ -40,12 +40,12 @@ class ShapesVlm(Trainable):
     size: int = 64
     patch: int = 4
     length: int = 112
-    steps: int = 500
+    steps: int = 700
     tests: int = 100
     suspects: int = 200
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
-        epochs=8, batch_size=16, lr=8e-4, weight_decay=0.05, warmup=0.05, ema=0.99, precision="bf16-mixed"
+        epochs=5, batch_size=16, lr=8e-4, weight_decay=0.05, warmup=0.05, ema=0.99, precision="bf16-mixed"
     )
 
     def network(self) -> nn.Module:
