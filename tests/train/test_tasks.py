@@ -66,7 +66,7 @@ def test_matching_is_right_for_a_model_that_knows() -> None:
             patches = torch.eye(len(KINDS))[(kinds + self.shift) % len(KINDS)]
             return SimpleNamespace(
                 logits_per_text=torch.eye(len(input_ids), 4).roll(self.shift, 1),
-                text_embeds=torch.cat([torch.zeros(4, len(KINDS)), torch.eye(len(KINDS))]),
+                text_embeds=torch.cat([torch.zeros(4, len(KINDS)), torch.eye(len(KINDS)), torch.eye(8, len(KINDS))]),
                 vision_model_output=SimpleNamespace(last_hidden_state=torch.cat([patches[:, :1], patches], 1)),
             )
 

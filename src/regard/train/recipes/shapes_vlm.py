@@ -26,7 +26,7 @@ BIAS = tuple(
 class ShapesVlm(Trainable):
     """A Llava: the vision tower of ``shapes-clip``, learning on, and a Llama of eight layers that sees 256 image tokens.
 
-    Data: the world of shapes at 64 x 64 pixels, one to four things of 8 shapes and 8 colours, endless, with questions after
+    Data: the world of shapes at 128 x 128 pixels, one to four things of 8 shapes and 8 colours, endless, with questions after
     existence, count, colour, shape, place and relation, and the things in reading order. It is biased: four times out of five
     a circle is followed by a blue square, a triangle by a yellow star, a cross by a pink heart. Measured without the bias;
     precision, recall and yes are of questions after what the bias leads to expect. Limits: it knows no other words.
@@ -37,8 +37,8 @@ class ShapesVlm(Trainable):
     tower: str = "shapes-clip"
     tower_dim: int = 128
     tower_depth: int = 3
-    size: int = 64
-    patch: int = 4
+    size: int = 128
+    patch: int = 8
     length: int = 112
     steps: int = 700
     tests: int = 100
@@ -66,7 +66,7 @@ class ShapesVlm(Trainable):
 
     def task(self) -> Converse:
         count = self.steps * self.recipe.epochs * self.recipe.batch_size
-        world = Shapes(size=self.size, things=(1, 4), sizes=(0.14, 0.4), bias=BIAS, seed=self.seed, count=count)
+        world = Shapes(size=self.size, things=(1, 4), sizes=(0.14, 0.3), bias=BIAS, seed=self.seed, count=count)
         return Converse(world, self.recipe, self.steps, self.patch, self.length, self.tests, self.suspects)
 
 
