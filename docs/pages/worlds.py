@@ -44,7 +44,7 @@ JUDGES = {
     "Rooms": "rooms.judge.surfaces, rooms.errors.depth_error and its like",
     "Clips": "clips_judge.judge_clip, clips_judge.heard",
     "Documents": "documents_judge.read_page",
-    "Formulas": "formulas.judge",
+    "Formulas": "formulas.image_score; markup is compared by markup.equivalent",
 }
 SAMPLES, SIDE, GAP = 3, 128, 8
 
@@ -94,7 +94,10 @@ def pages() -> dict[str, str | bytes]:
         doc = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         parts += ["", f"## {cls.__name__}", "", doc, "", f"`regard.worlds.{name.replace(':', '.')}`", ""]
         if cls.__name__ in JUDGES:
-            parts += [f"What is in a picture, also a generated one, is read off it by `{JUDGES[cls.__name__]}`.", ""]
+            parts += [
+                f"What is in a picture, also a generated one, is read off it, or held against the truth, by {JUDGES[cls.__name__]}.",
+                "",
+            ]
         shown = [world.panels(world[i]) for i in range(SAMPLES)]
         images = [[picture(p) for p in panels.values() if isinstance(p, Tensor)] for panels in shown]
         if images[0]:
