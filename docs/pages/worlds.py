@@ -94,8 +94,9 @@ def pages() -> dict[str, str | bytes]:
         doc = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         parts += ["", f"## {cls.__name__}", "", doc, "", f"`regard.worlds.{name.replace(':', '.')}`", ""]
         if cls.__name__ in JUDGES:
+            judges = JUDGES[cls.__name__]
             parts += [
-                f"What is in a picture, also a generated one, is read off it, or held against the truth, by {JUDGES[cls.__name__]}.",
+                f"What a picture shows, a generated one too, is read off it or held against the truth by {judges}.",
                 "",
             ]
         shown = [world.panels(world[i]) for i in range(SAMPLES)]
