@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from regard.bench.cost import Cost, Flops, Timing
 from regard.bench.scaling import Power, Scaling
-from regard.train.files import write_whole
 from regard.view.maps import Map
+from regard.view.saved import Saved
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -66,10 +64,9 @@ def gap(best: Row, other: Row) -> tuple[float, float]:
 
 
 @dataclass
-class Comparison:
+class Comparison(Saved):
     """Rows, one a layer, and what was run on what (``info``); ``maps`` show where layers look in the images ``samples``."""
 
-    info: dict[str, Any]
     rows: list[Row]
     samples: list[Any] = field(default_factory=list)
     maps: list[Map] = field(default_factory=list)
@@ -213,31 +210,10 @@ class Comparison:
             f"{best.cost.forward.median / choice.cost.forward.median:.1f} times as fast."
         )
 
-    def save(self, out: str | Path | None = None) -> Path:
-        """Write ``table.csv``, ``compare.json`` and ``report.html`` into ``out``; returns the report's path.
-
-        Args:
-            out: a folder; default the one it was run in.
-
-        Raises:
-            OSError: a file could not be written; what was there before is still whole.
-        """
+    def page(self) -> str:
         from regard.view.report import html
 
-        folder = Path(self.info["out"] if out is None else out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "table.csv", self.csv())
-        write_whole(folder / "compare.json", json.dumps(asdict(self), indent=1, allow_nan=False))
-        write_whole(folder / "report.html", html(self))
-        return folder / "report.html"
-
-    def csv(self) -> str:
-        text = io.StringIO()
-        records = [{**record, "accuracies": " ".join(map(str, record["accuracies"]))} for record in self.summary()]
-        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        return text.getvalue()
+        return html(self)
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from regard.train.files import write_whole
+from regard.view.saved import Saved
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -47,10 +45,9 @@ class TextRow:
 
 
 @dataclass
-class TextComparison:
+class TextComparison(Saved):
     """Rows, one a layer, and what was run on what (``info``)."""
 
-    info: dict[str, Any]
     rows: list[TextRow]
     failures: list[dict[str, str]] = field(default_factory=list)
 
@@ -141,34 +138,10 @@ class TextComparison:
         data, settings = self.info["data"], self.info["settings"]
         return f"{data['name']}: {data['train']:,} bytes to learn from, {data['test']:,} to test on, {settings['seeds']} seeds"
 
-    def save(self, out: str | Path | None = None) -> Path:
-        """Write ``table.csv``, ``compare.json`` and ``report.html`` into ``out``; returns the report's path.
-
-        Args:
-            out: a folder; default the one it was run in.
-
-        Raises:
-            OSError: a file could not be written; what was there before is still whole.
-        """
+    def page(self) -> str:
         from regard.view.text_report import html
 
-        folder = Path(self.info["out"] if out is None else out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "table.csv", self.csv())
-        write_whole(folder / "compare.json", json.dumps(asdict(self), indent=1, allow_nan=False))
-        write_whole(folder / "report.html", html(self))
-        return folder / "report.html"
-
-    def csv(self) -> str:
-        text = io.StringIO()
-        records = [
-            {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()}
-            for record in self.summary()
-        ]
-        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        return text.getvalue()
+        return html(self)
 
     @classmethod
     def load(cls, folder: str | Path) -> TextComparison:
