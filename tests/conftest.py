@@ -9,7 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-TYPECHECKED = ["regard.ops", "regard.nn", "regard.layers", "regard.models", "regard.worlds", "regard.hosts.painter"]
+TYPECHECKED = [
+    *("regard.ops", "regard.nn", "regard.layers", "regard.models", "regard.hosts.painter"),
+    *("regard.worlds.shapes", "regard.worlds.rooms"),
+]
 if os.environ.get("REGARD_TYPECHECK", "1") == "1":
     from beartype import BeartypeConf, beartype
 

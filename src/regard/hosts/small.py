@@ -120,10 +120,10 @@ def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
 
 
 def _see(tower: Any) -> None:
-    """Initial values with which a small vision tower learns soon: each patch looks at what is near and alike.
+    """Initial values with which a small vision tower learns soon: each patch is set off from what is near and alike.
 
-    Positions on the grid are as large as the patches, and q and k of a head are one random projection. After Asher Trockman,
-    J. Zico Kolter, Mimetic Initialization of Self-Attention Layers, 2023, arXiv:2305.09828.
+    Positions on the grid are as large as the patches, q and k of a head are one random projection, and what is read is
+    subtracted. After Asher Trockman, J. Zico Kolter, Mimetic Initialization of Self-Attention Layers, 2023, arXiv:2305.09828.
     """
     config = tower.config
     side = config.image_size // config.patch_size
@@ -133,9 +133,19 @@ def _see(tower: Any) -> None:
         tower.embeddings.position_embedding.weight[1:] = places
         nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * config.patch_size**2) ** -0.5)
         for layer in tower.encoder.layers:
-            for rows in layer.self_attn.q_proj.weight.split(config.hidden_size // config.num_attention_heads):
-                nn.init.orthogonal_(rows, gain=1.5)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            attention = layer.self_attn
+            for head in attention.q_proj.weight.split(config.hidden_size // config.num_attention_heads):
+                nn.init.orthogonal_(head, gain=1.5)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            nn.init.orthogonal_(attention.v_proj.weight)
+            attention.out_proj.weight.copy_(-0.5 * attention.v_proj.weight.T)
+
+
+def _read(tower: Any) -> None:
+    """Initial values with which a small text tower tells words apart: the end token reads all of them, undiminished."""
+    for layer in tower.encoder.layers:
+        nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+        nn.init.orthogonal_(layer.self_attn.out_proj.weight)
 
 
 def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: int, joint: int) -> nn.Module:
@@ -156,6 +166,7 @@ def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, dep
     config = CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth), projection_dim=joint)
     model = CLIPModel(config)
     _see(model.vision_model)
+    _read(model.text_model)
     return model
 
 

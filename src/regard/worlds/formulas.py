@@ -148,7 +148,7 @@ def render(markup: str, height: int, width: int, size: int = 13, family: str = "
     return _paint(placed, height, width)
 
 
-def image_score(a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h w"]) -> float:
+def image_score(a: Float[Tensor, "3 h w"], b: Float[Tensor, "3 h v"]) -> float:
     """How alike two images of one height are: edit distance with columns as symbols, 1 for equal images.
 
     White columns at the right end do not count.

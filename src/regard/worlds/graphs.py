@@ -91,7 +91,7 @@ def _random_tree(n: int, rng: np.random.Generator) -> np.ndarray:
 class Networks(World[Graph]):
     """What the worlds of graphs have in common."""
 
-    def batch(self, indices: Iterable[int]) -> Graphs:
+    def batch(self, indices: Iterable[int] | Int[Tensor, " b"]) -> Graphs:
         """The samples with these numbers, padded."""
         return pad([self[int(i)] for i in indices])
 

@@ -31,7 +31,7 @@ def _asked(tokens: np.ndarray, targets: np.ndarray) -> Asked:
 class Sequences(World[Asked]):
     """What the worlds of sequences have in common: samples of one length that stack to a batch."""
 
-    def batch(self, indices: Iterable[int]) -> Asked:
+    def batch(self, indices: Iterable[int] | Int[Tensor, " b"]) -> Asked:
         """The samples with these numbers: tokens (b, n), targets (b, n)."""
         samples = [self[int(i)] for i in indices]
         return Asked(torch.stack([s.tokens for s in samples]), torch.stack([s.targets for s in samples]))

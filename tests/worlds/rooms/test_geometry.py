@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from regard.worlds.rooms.cameras import (
     Camera,
@@ -153,7 +154,7 @@ def test_right_camera_is_on_the_right() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"K": torch.eye(3)[:2]}, "K of shape"),
+        ({"K": torch.eye(3)[:2]}, "K"),
         ({"K": torch.diag(vec(0, 5, 1))}, "positive focal"),
         ({"K": torch.diag(vec(5, 5, 2))}, "1 in the corner"),
         ({"R": torch.diag(vec(1, 1, -1))}, "must be a rotation"),
@@ -163,7 +164,7 @@ def test_right_camera_is_on_the_right() -> None:
     ],
 )
 def test_bad_cameras(change: dict, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeCheckError), match=match):
         replace(look_at(vec(0, -2, 1), vec(0, 0, 1), (20, 40)), **change)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from regard.worlds.rooms import RingRooms, Room, RoomClips, Rooms, StereoRooms
 from regard.worlds.rooms.furnish import COLOURS, STYLES, furnish
@@ -203,7 +204,7 @@ def test_two_views_are_needed_for_a_pair() -> None:
         (lambda: Rooms(size=(8, 64)), r"size=\(8, 64\) is too small"),
         (lambda: Rooms(objects=(3, 9)), r"objects=\(3, 9\)"),
         (lambda: Rooms(objects=(3, 2)), r"objects=\(3, 2\)"),
-        (lambda: Rooms(style="attic"), "style='attic' must be one of 'kitchen'"),
+        (lambda: Rooms(style="attic"), "attic"),
         (lambda: Rooms(views=0), "views=0"),
         (lambda: Rooms(spread=400.0), r"spread=400\.0"),
         (lambda: Rooms(fov=180.0), r"fov=180\.0"),
@@ -216,5 +217,5 @@ def test_two_views_are_needed_for_a_pair() -> None:
     ],
 )
 def test_bad_worlds(make, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeCheckError), match=match):
         make()

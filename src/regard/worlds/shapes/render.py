@@ -21,7 +21,7 @@ class Layer:
 
     window: tuple[slice, slice]
     covers: tuple[Float[ndarray, "h w"], ...]
-    colours: tuple[Float[ndarray, "*hw 3"], ...]
+    colours: tuple[Float[ndarray, "... 3"], ...]
 
     @cached_property
     def mask(self) -> Bool[ndarray, "h w"]:
