@@ -33,7 +33,7 @@ class ShapesClip(Trainable):
     steps: int = 850
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
-        epochs=5, batch_size=16, lr=1e-3, weight_decay=0.05, warmup=0.05, ema=0.998, precision="bf16-mixed"
+        epochs=10, batch_size=16, lr=1e-3, weight_decay=0.05, warmup=0.05, ema=0.998, precision="bf16-mixed"
     )
 
     def network(self) -> nn.Module:
