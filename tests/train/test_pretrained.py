@@ -147,3 +147,26 @@ def test_images_are_moved_and_not_mixed() -> None:
     for got, source in zip(moved, padded):
         places = [source[:, i : i + 5, j : j + 6] for i in range(3) for j in range(3)]
         assert sum(torch.equal(got, place) for place in places) == 1
+
+
+def test_training_goes_on_from_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regard.train.pretrained.folder", lambda: tmp_path)
+    train("shapes-diffusion", TINY["shapes-diffusion"], out=tmp_path)
+    again = load("shapes-diffusion", {**TINY["shapes-diffusion"], "begin": "shapes-diffusion", "seed": 1})
+    first, second, fresh = (
+        pretrained("shapes-diffusion").state_dict(),
+        again.start().state_dict(),
+        again.network().state_dict(),
+    )
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+    assert not all(torch.equal(second[key], value) for key, value in fresh.items())
+
+
+def test_the_tower_of_a_vision_language_model_is_that_of_the_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regard.train.pretrained.folder", lambda: tmp_path)
+    train("shapes-clip", TINY["shapes-clip"], out=tmp_path)
+    model = load("shapes-vlm", {**TINY["shapes-vlm"], "tower": "shapes-clip"}).start()
+    tower, encoder = model.get_submodule("model.vision_tower"), pretrained("shapes-clip").get_submodule("vision_model")
+    assert all(torch.equal(tower.state_dict()[key], value) for key, value in encoder.state_dict().items())

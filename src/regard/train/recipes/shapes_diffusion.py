@@ -23,7 +23,7 @@ class ShapesDiffusion(Trainable):
     Data: the world of shapes at 32 x 32 pixels, one or two upright things of 8 shapes and 8 colours, a third to a half as
     wide as the picture, on a plain background, endless; captions name the things, plain relations and, every second time,
     the background. Measured by the world's exact judge on captions of test scenes, 25 steps, guidance 3. Limits: it knows no
-    other words, no third thing and no texture.
+    other words, no third thing and no texture. With ``begin`` training goes on from another model of this recipe.
     """
 
     narrow: int = 64
@@ -33,6 +33,7 @@ class ShapesDiffusion(Trainable):
     window: int = 24
     steps: int = 3000
     tests: int = 100
+    begin: str = ""
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
         epochs=5, batch_size=16, lr=5e-4, weight_decay=0.01, warmup=0.03, ema=0.999, precision="bf16-mixed"
@@ -41,6 +42,12 @@ class ShapesDiffusion(Trainable):
     def network(self) -> nn.Module:
         torch.manual_seed(self.seed)
         return painter(Vocabulary().words, self.size, (self.narrow, self.wide), self.text_dim, self.window)
+
+    def start(self) -> nn.Module:
+        """The trained model ``begin``, or untrained."""
+        from regard.train.pretrained import pretrained
+
+        return pretrained(self.begin) if self.begin else self.network()
 
     def task(self) -> Paint:
         count = max(self.steps * self.recipe.epochs * self.recipe.batch_size, 1)
