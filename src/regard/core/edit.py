@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.core.lower import index_grid, keys_of, scale_keys
+from regard.core.lower import fitting, index_grid, keys_of, pairs_of, same, scale_keys
 from regard.core.tokens import Rows, pick
 from regard.ops import attend as ops
 
@@ -118,7 +118,7 @@ class Edit:
     def mask(allow: Callable[..., Tensor] | Tensor, **options: Any) -> Edit:
         """Forbid pairs: ``allow(b, h, q, kv)`` (torch's mask_mod on index tensors), or a boolean tensor, is True where a
         query may still look."""
-        return Edit("mask", _pairs(allow), **options)
+        return Edit("mask", pairs_of(allow), **options)
 
     @staticmethod
     def bias(added: Callable[[Call], Tensor] | Tensor, **options: Any) -> Edit:
@@ -188,14 +188,14 @@ class Edit:
             case "q" | "k" | "v":
                 old = getattr(call, self.quantity)
                 setattr(
-                    call, self.quantity, self._blend(_same(self.change(old, call), old, self.quantity, call), old, call)
+                    call, self.quantity, self._blend(same(self.change(old, call), old, self.quantity, call), old, call)
                 )
             case "scale_keys":
                 factors = self._toward(self.change(call), 1.0).view(1, 1, 1, -1)
                 inside = self._inside(call, factors.device)
                 scale_keys(call, factors if inside is None else torch.where(inside, factors, 1.0))
             case "mask":
-                allow = _fitting(self.change(call), "mask", call)
+                allow = fitting(self.change(call), "mask", call)
                 inside = self._inside(call, allow.device)
                 allow = allow if inside is None else allow | ~inside
                 if call.mask is None or call.mask.dtype == torch.bool:
@@ -203,7 +203,7 @@ class Edit:
                 else:
                     call.mask = call.mask.masked_fill(~allow, float("-inf"))
             case "bias":
-                added = _fitting(self.change(call), "bias", call)
+                added = fitting(self.change(call), "bias", call)
                 added = added[(None,) * (4 - added.ndim)] * self.strength
                 inside = self._inside(call, added.device)
                 added = added if inside is None else added * inside
@@ -213,7 +213,7 @@ class Edit:
         return self._blend(self.change(scores, *index_grid(call)), scores, call)
 
     def on_weights(self, weights: Tensor, call: Call) -> Tensor:
-        return self._blend(_same(self.change(weights, call), weights, "weights", call), weights, call)
+        return self._blend(same(self.change(weights, call), weights, "weights", call), weights, call)
 
     def after(self, out: Tensor, call: Call) -> Tensor:
         if self.quantity == "heads":
@@ -221,7 +221,7 @@ class Edit:
             if gate.shape[-1] != out.shape[1]:
                 raise ValueError(f"{call.site} has {out.shape[1]} heads; the gate has {gate.shape[-1]}")
             return self._rows(out * gate[..., :, None, None], out, call)
-        return self._blend(_same(self.change(out, call), out, "out", call), out, call)
+        return self._blend(same(self.change(out, call), out, "out", call), out, call)
 
     def _toward(self, factor: Tensor, identity: float) -> Tensor:
         return factor if self.strength == 1 else identity + self.strength * (factor - identity)
@@ -258,28 +258,6 @@ class Edit:
             picked = picked.view(1, h, 1, 1)
             inside = picked if inside is None else inside & picked
         return inside
-
-
-def _pairs(allow: Callable[..., Tensor] | Tensor) -> Callable[[Call], Tensor]:
-    if isinstance(allow, Tensor):
-        if allow.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean, True where a query may look; got {allow.dtype}")
-        return lambda call: allow.to(call.q.device)
-    return lambda call: allow(*index_grid(call))
-
-
-def _fitting(pairs: Tensor, name: str, call: Call) -> Tensor:
-    full = (*call.q.shape[:3], call.k.shape[2])
-    sizes = zip(reversed(pairs.shape), reversed(full), strict=False)
-    if pairs.ndim > 4 or any(n not in (1, size) for n, size in sizes):
-        raise ValueError(f"{call.site}: the {name} {tuple(pairs.shape)} does not fit scores of {tuple(full)}")
-    return pairs
-
-
-def _same(new: Tensor, old: Tensor, name: str, call: Call) -> Tensor:
-    if new.shape != old.shape:
-        raise ValueError(f"{call.site}: the edit of {name} returned {tuple(new.shape)}, expected {tuple(old.shape)}")
-    return new
 
 
 def edit(

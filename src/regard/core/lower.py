@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,3 +58,32 @@ def run_eager(call: Call, edits: Sequence[Edit]) -> Tensor:
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
     return ops.mix(weights, exact(call.v)).to(call.v.dtype)
+
+
+def pairs_of(allow: Callable[..., Tensor] | Tensor) -> Callable[[Call], Tensor]:
+    """What says for a call which queries may look at which keys.
+
+    Raises:
+        ValueError: a tensor that is not boolean.
+    """
+    if isinstance(allow, Tensor):
+        if allow.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True where a query may look; got {allow.dtype}")
+        return lambda call: allow.to(call.q.device)
+    return lambda call: allow(*index_grid(call))
+
+
+def fitting(pairs: Tensor, name: str, call: Call) -> Tensor:
+    """``pairs``, if it broadcasts to the scores; ValueError otherwise."""
+    full = (*call.q.shape[:3], call.k.shape[2])
+    sizes = zip(reversed(pairs.shape), reversed(full), strict=False)
+    if pairs.ndim > 4 or any(n not in (1, size) for n, size in sizes):
+        raise ValueError(f"{call.site}: the {name} {tuple(pairs.shape)} does not fit scores of {tuple(full)}")
+    return pairs
+
+
+def same(new: Tensor, old: Tensor, name: str, call: Call) -> Tensor:
+    """``new``, if it has the shape of ``old``; ValueError otherwise."""
+    if new.shape != old.shape:
+        raise ValueError(f"{call.site}: the edit of {name} returned {tuple(new.shape)}, expected {tuple(old.shape)}")
+    return new
