@@ -22,6 +22,7 @@ class ShapesClip(Trainable):
     Data: the world of shapes at 128 x 128 pixels, one to three things of 8 shapes and 8 colours on a plain background, endless;
     captions name the things, plain relations and, every second time, the background. Besides pictures with captions, patches are
     matched with the names of the things on them. Measured by retrieval among 32 test scenes. Limits: it knows no other words.
+    With ``begin`` training goes on from another model of this recipe.
     """
 
     dim: int = 128
@@ -31,6 +32,7 @@ class ShapesClip(Trainable):
     patch: int = 8
     window: int = 32
     steps: int = 850
+    begin: str = ""
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
         epochs=10, batch_size=16, lr=1e-3, weight_decay=0.05, warmup=0.05, ema=0.998, precision="bf16-mixed"
@@ -39,6 +41,12 @@ class ShapesClip(Trainable):
     def network(self) -> nn.Module:
         torch.manual_seed(self.seed)
         return clip(Vocabulary().words, self.window, self.size, self.patch, self.dim, self.depth, self.joint)
+
+    def start(self) -> nn.Module:
+        """The trained model ``begin``, or untrained."""
+        from regard.train.pretrained import pretrained
+
+        return pretrained(self.begin) if self.begin else self.network()
 
     def task(self) -> Match:
         count = self.steps * self.recipe.epochs * self.recipe.batch_size
