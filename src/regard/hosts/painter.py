@@ -103,7 +103,7 @@ class Painter(nn.Module):
         self,
         prompts: Sequence[str],
         *,
-        latents: Float[Tensor, "b c H W"] | None = None,
+        latents: Float[Tensor, "n c H W"] | None = None,
         seed: int = 0,
         steps: int = 25,
         guidance: float = 3.0,
@@ -115,7 +115,7 @@ class Painter(nn.Module):
 
         Args:
             prompts: one a picture.
-            latents: (b, c, H, W), where to start from; (1, c, H, W) for all alike; default :meth:`noise` of ``seed``.
+            latents: (b, c, H, W), where to start from, or (1, c, H, W) for all alike; default :meth:`noise` of ``seed``.
             seed: of the noise.
             steps: of denoising.
             guidance: w.
