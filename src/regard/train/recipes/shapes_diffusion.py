@@ -43,12 +43,6 @@ class ShapesDiffusion(Trainable):
         torch.manual_seed(self.seed)
         return painter(Vocabulary().words, self.size, (self.narrow, self.wide), self.text_dim, self.window)
 
-    def start(self) -> nn.Module:
-        """The trained model ``begin``, or untrained."""
-        from regard.train.pretrained import pretrained
-
-        return pretrained(self.begin) if self.begin else self.network()
-
     def task(self) -> Paint:
         count = max(self.steps * self.recipe.epochs * self.recipe.batch_size, 1)
         world = Shapes(size=self.size, things=(1, 2), sizes=(0.33, 0.46), tilt=0.0, seed=self.seed, count=count)
