@@ -187,6 +187,15 @@ def test_screens_hide_what_moves_behind_them() -> None:
     assert sum(e.verb == "hides" for clip in clips for e in clip.actions) > 8
 
 
+def test_every_thing_is_seen_well_in_some_frame() -> None:
+    for world in (Clips(frames=6, things=(4, 4)), Clips(frames=6, things=(4, 4), visible=0.9)):
+        assert all(world[i].visible_share.amax(0).min() >= world.visible for i in range(5))
+    hiding = Clips(frames=6, things=(4, 4), visible=0.0)
+    assert min(hiding[i].visible_share.amax(0).min() for i in range(20)) < 0.6
+    with pytest.raises(ValueError, match=r"visible=1\.0 of each"):
+        Clips(size=(32, 32), frames=2, things=(7, 7), visible=1.0)[0]
+
+
 def test_a_silent_clip_and_a_single_frame() -> None:
     silent = Clips(still=1.0)[0]
     assert silent.audio.abs().max() == 0
@@ -239,6 +248,7 @@ def test_panels() -> None:
         ({"shapes": ("house",)}, "shapes='house'"),
         ({"motions": ("stays",)}, "motions='stays'"),
         ({"still": 1.5}, r"still=1\.5"),
+        ({"visible": -0.1}, r"visible=-0\.1"),
         ({"active": (0.0, 1.0)}, r"active=\(0\.0, 1\.0\)"),
         ({"travel": (0.5, 0.9)}, r"travel=\(0\.5, 0\.9\)"),
     ],

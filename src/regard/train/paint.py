@@ -38,8 +38,9 @@ class Paint:
 
     .. math:: E\, \| v_\theta(\alpha_t x_0 + \sigma_t \epsilon, t, c) - (\alpha_t \epsilon - \sigma_t x_0) \|^2
 
-    with t uniform, and without the caption c in a share ``unsaid`` of the pictures. Measured by the exact judge of the world:
-    the shares of captions of one thing, and of two, all of whose things are in the picture in their colours, out of ``tests``.
+    with t of [0, 1) drawn with the density :math:`n\, t^{n - 1}` of n = ``noisy``, and without the caption c in a share
+    ``unsaid`` of the pictures. Measured by the exact judge of the world: the shares of captions of one thing, and of two, all
+    of whose things are in the picture in their colours, out of ``tests``.
     """
 
     world: Shapes
@@ -48,6 +49,7 @@ class Paint:
     window: int = 24
     tests: int = 100
     unsaid: float = 0.1
+    noisy: float = 1.0
 
     def __len__(self) -> int:
         return self.steps
@@ -66,7 +68,8 @@ class Paint:
         images, ids = batch
         painter: Any = getattr(model, "module", model)
         x = painter.encode(images)
-        t = torch.randint(painter.scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        times = painter.scheduler.config.num_train_timesteps
+        t = (torch.rand(len(x), device=x.device).pow(1 / self.noisy) * times).long().clamp(max=times - 1)
         noise = torch.randn_like(x)
         noisy, v = painter.scheduler.add_noise(x, noise, t), painter.scheduler.get_velocity(x, noise, t)
         return F.mse_loss(model(noisy, t, ids).float(), v)

@@ -22,6 +22,7 @@ from regard.worlds.world import World
 STAYS = "stays"
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "circles", "zigzags", "bounces")
 HIDDEN = 0.1
+TRIES = 50
 
 
 def offsets(motion: str, s: Float[ndarray, "t"]) -> Float[ndarray, "t 2"]:
@@ -174,16 +175,17 @@ class Clips(World[Clip]):
         frames: how many there are.
         fps: frames in a second; a frame shows the middle of its time.
         things: fewest and most things beside the screens.
-        screens: at most so many; there are none for things that stay.
+        screens: at most so many; there are none for things that stay, nor in a single frame.
         shapes: what is drawn from, each alike.
         motions: what is drawn from, each alike.
         still: share of the things that stay.
         active: least and greatest share of the frames during which a thing that moves does so.
         travel: least and greatest length of a motion, in shorter sides of the picture.
+        visible: how much of every thing is seen at least, in the frame that shows most of it.
 
     Raises:
         ValueError: a word, a range or a share that makes no sense, ``fps`` that does not divide 16,000, more things and
-            screens than colours.
+            screens than colours; on drawing, things that hide each other too much whichever way they are placed.
     """
 
     size: tuple[int, int] = (64, 64)
@@ -196,6 +198,7 @@ class Clips(World[Clip]):
     still: float = 0.3
     active: tuple[float, float] = (0.5, 1.0)
     travel: tuple[float, float] = (0.4, 0.6)
+    visible: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,19 +217,27 @@ class Clips(World[Clip]):
                 raise ValueError(f"{name}=() must name at least one of {', '.join(map(repr, words))}")
             for word in getattr(self, name):
                 known(name, word, words)
-        if not 0 <= self.still <= 1:
-            raise ValueError(f"still={self.still} must lie between 0 and 1")
+        for name in ("still", "visible"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if not 0 < self.active[0] <= self.active[1] <= 1:
             raise ValueError(f"active={self.active} must rise and lie above 0 and up to 1")
         if not 0 < self.travel[0] <= self.travel[1] <= 0.65:
             raise ValueError(f"travel={self.travel} must rise and lie above 0 and up to 0.65")
 
     def make(self, rng: np.random.Generator) -> Clip:
+        for _ in range(TRIES):
+            clip = self._draw(rng)
+            if bool((clip.visible_share.amax(0) >= self.visible).all()):
+                return clip
+        raise ValueError(f"things={self.things} cannot be placed so that visible={self.visible} of each is seen once")
+
+    def _draw(self, rng: np.random.Generator) -> Clip:
         count = int(rng.integers(self.things[0], self.things[1] + 1))
         colours = rng.permutation(list(COLOURS)).tolist()
         motions = [STAYS if rng.random() < self.still else str(rng.choice(self.motions)) for _ in range(count)]
         tracks, moving = zip(*[self._track(rng, motion, colours[i]) for i, motion in enumerate(motions)])
-        movers = [i for i, motion in enumerate(motions) if motion != STAYS]
+        movers = [i for i, motion in enumerate(motions) if motion != STAYS and self.frames > 1]
         screens = [self._screen(rng, tracks[i], colours[-1 - k]) for k, i in enumerate(movers[: self.screens])]
         background = Background(tone=str(rng.choice(list(TONES))))
         tracks, motions = (*tracks, *screens), motions + [STAYS] * len(screens)

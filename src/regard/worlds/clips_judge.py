@@ -20,7 +20,7 @@ from regard.worlds.shapes.judge import BLUR, CHROMA, working
 from regard.worlds.shapes.sample import tight_boxes
 from regard.worlds.shapes.scene import CLASSES, COLOURS, SHAPES
 
-PURE, LEAST, PIECES = 0.25, 12, 8
+PURE, LEAST, PIECES, SPECK = 0.25, 12, 8, 3
 FRAMES = 5
 SIZES, LEAN = (0.19, 0.23, 0.27, 0.36, 0.46), 10
 REACH, KEEP, CLOSE = 0.2, 10, 0.1
@@ -61,7 +61,8 @@ class Track:
 def judge_clip(frames: Float[Tensor, "t 3 h w"]) -> list[Track]:
     """The things in a film, each of a colour of its own, in the order of ``COLOURS``.
 
-    A thing of which never half is seen may be taken for one of another shape, or for none.
+    A thing of which never six tenths are seen, which :class:`~regard.worlds.clips.Clips` makes only when told to, may be taken for
+    one of another shape, or for none.
 
     Args:
         frames: (t, 3, h, w) in [0, 1]; of a grey background and things in the colours of the world.
@@ -86,10 +87,11 @@ def judge_clip(frames: Float[Tensor, "t 3 h w"]) -> list[Track]:
 
 
 def one_thing(mask: Bool[ndarray, "h w"]) -> bool:
-    """Whether pixels are enough for a thing, wider than a seam somewhere, and in few pieces."""
+    """Whether pixels are enough for a thing, wider than a seam somewhere, and in few pieces, specks aside."""
     from scipy import ndimage
 
-    return bool(mask.sum() >= LEAST and ndimage.binary_erosion(mask).any() and ndimage.label(mask)[1] <= PIECES)
+    pieces = np.bincount(ndimage.label(mask)[0].ravel())[1:]
+    return bool(mask.sum() >= LEAST and ndimage.binary_erosion(mask).any() and (pieces > SPECK).sum() <= PIECES)
 
 
 def named(rgb: Float[ndarray, "3 h w"]) -> Int[ndarray, "h w"]:
