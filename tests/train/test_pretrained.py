@@ -17,7 +17,16 @@ TINY: dict[str, dict[str, Any]] = {
     "digits-cnn": {"width": 2, "epochs": 1, "batch_size": 500},
     "digits-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 14, "epochs": 1, "batch_size": 500},
     "recall-lm": {"dim": 8, "num_heads": 2, "depth": 1, "pairs": 2, "steps": 2, "epochs": 2, "batch_size": 4},
-    "shapes-clip": {"dim": 8, "depth": 1, "size": 32, "patch": 16, "steps": 1, "epochs": 1, "batch_size": 4},
+    "shapes-clip": {
+        "dim": 8,
+        "text_depth": 1,
+        "depth": 1,
+        "size": 32,
+        "patch": 16,
+        "steps": 1,
+        "epochs": 1,
+        "batch_size": 4,
+    },
     "shapes-cnn": {"width": 2, "count": 20, "tests": 20, "epochs": 1},
     "shapes-diffusion": {
         "narrow": 8,
@@ -160,6 +169,17 @@ def test_training_goes_on_from_another_model(tmp_path: Path, monkeypatch: pytest
     )
     assert all(torch.equal(second[key], value) for key, value in first.items())
     assert not all(torch.equal(second[key], value) for key, value in fresh.items())
+
+
+def test_training_goes_on_with_more_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regard.train.pretrained.folder", lambda: tmp_path)
+    train("shapes-clip", TINY["shapes-clip"], out=tmp_path)
+    more = load("shapes-clip", {**TINY["shapes-clip"], "begin": "shapes-clip", "seed": 1, "depth": 2}).start()
+    first, second = pretrained("shapes-clip").state_dict(), more.state_dict()
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+    new = {key for key in second if key not in first}
+    assert new
+    assert all(key.startswith("vision_model.encoder.layers.1.") for key in new)
 
 
 def test_the_tower_of_a_vision_language_model_is_that_of_the_encoder(

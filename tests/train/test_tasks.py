@@ -11,7 +11,7 @@ import torch
 
 from regard.train.converse import IGNORE, Converse, interview, suspicions
 from regard.train.loop import Recipe
-from regard.train.match import KINDS, Match, patch_kinds, pixels
+from regard.train.match import KINDS, Match, patch_kinds, pixels, tagging
 from regard.train.paint import Paint, captioned
 from regard.train.recipes.shapes_vlm import BIAS
 from regard.worlds.shapes.judge import judge, satisfies
@@ -54,20 +54,21 @@ def test_matching_is_right_for_a_model_that_knows() -> None:
         def __init__(self, right: bool) -> None:
             super().__init__()
             self.shift = 0 if right else 1
-            self.logit_scale = torch.nn.Parameter(torch.zeros(()))
+            self.weight = torch.nn.Parameter(torch.zeros(()))
             self.visual_projection = torch.nn.Identity()
             self.vision_model = SimpleNamespace(post_layernorm=torch.nn.Identity())
 
         def forward(
-            self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor
+            self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor, **more: bool
         ) -> SimpleNamespace:
+            assert more == {"output_hidden_states": True}
             at = next(i for i in range(0, 8, 4) if torch.equal(task_images(i), pixel_values))
             kinds = torch.stack([patch_kinds(TEST[at + i], 6) for i in range(4)]).clamp_min(0)
             patches = torch.eye(len(KINDS))[(kinds + self.shift) % len(KINDS)]
             return SimpleNamespace(
                 logits_per_text=torch.eye(len(input_ids), 4).roll(self.shift, 1),
                 text_embeds=torch.cat([torch.zeros(4, len(KINDS)), torch.eye(len(KINDS)), torch.eye(8, len(KINDS))]),
-                vision_model_output=SimpleNamespace(last_hidden_state=torch.cat([patches[:, :1], patches], 1)),
+                vision_model_output=SimpleNamespace(hidden_states=[torch.cat([patches[:, :1], patches], 1), None]),
             )
 
     def task_images(first: int) -> torch.Tensor:
@@ -77,6 +78,42 @@ def test_matching_is_right_for_a_model_that_knows() -> None:
     for right in (True, False):
         figures = task.measure(Knows(right))
         assert figures == dict.fromkeys(("image_of_text", "text_of_image", "kind_of_patch"), float(right))
+
+
+def test_tagging_is_the_cross_entropy_against_what_is_not_there() -> None:
+    scores, kinds = torch.randn(3, 9), torch.tensor([[-1, 2, 2, 7], [-1, -1, 0, -1], [-1, -1, -1, -1]])
+    loss = []
+    for row, present in zip(scores, ({2, 7}, {0}, set())):
+        absent = [row[k].exp() for k in range(9) if k not in present]
+        loss += [-(row[k].exp() / (row[k].exp() + sum(absent))).log() for k in present]
+    torch.testing.assert_close(tagging(scores, kinds), sum(loss) / len(loss))
+    assert tagging(scores, torch.full((3, 4), -1)) == 0
+
+
+def test_noisier_times_are_drawn_more_often() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    times: list[torch.Tensor] = []
+
+    class Watcher(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            times.append(t)
+            return x
+
+    watcher, images = Watcher(), torch.zeros(4000, 1, 1, 1)
+    for noisy in (1.0, 2.0):
+        torch.manual_seed(0)
+        Paint(WORLD, RECIPE, 1, noisy=noisy).loss(watcher, (images, images))
+    even, late = (t / 1000 for t in times)
+    assert abs(even.mean() - 1 / 2) < 0.02
+    assert abs(late.mean() - 2 / 3) < 0.02
+    assert max(t.max() for t in times) < 1000
 
 
 def test_patches_have_the_kind_of_what_covers_them() -> None:

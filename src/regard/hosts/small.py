@@ -148,22 +148,29 @@ def _read(tower: Any) -> None:
         nn.init.orthogonal_(layer.self_attn.out_proj.weight)
 
 
-def clip(words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: int, joint: int) -> nn.Module:
-    """transformers' CLIP with equally wide towers, meeting in ``joint`` numbers; words as in :func:`words_tokenizer`."""
+def clip(
+    words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: tuple[int, int], joint: int
+) -> nn.Module:
+    """transformers' CLIP with equally wide towers, of words and of patches, that meet in ``joint`` numbers.
+
+    Args:
+        words: as in :func:`words_tokenizer`.
+        depth: layers of the text tower and of the vision tower.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     text = {
         "vocab_size": len(words),
         "hidden_size": dim,
         "intermediate_size": 2 * dim,
-        "num_hidden_layers": depth,
+        "num_hidden_layers": depth[0],
         "num_attention_heads": 4,
         "max_position_embeddings": window,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth), projection_dim=joint)
+    config = CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth[1]), projection_dim=joint)
     model = CLIPModel(config)
     _see(model.vision_model)
     _read(model.text_model)

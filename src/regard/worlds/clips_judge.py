@@ -61,8 +61,8 @@ class Track:
 def judge_clip(frames: Float[Tensor, "t 3 h w"]) -> list[Track]:
     """The things in a film, each of a colour of its own, in the order of ``COLOURS``.
 
-    A thing of which never six tenths are seen, which :class:`~regard.worlds.clips.Clips` makes only when told to, may be taken for
-    one of another shape, or for none.
+    A thing of which never six tenths are seen may be taken for one of another shape, or for none;
+    :class:`~regard.worlds.clips.Clips` makes one only when told to.
 
     Args:
         frames: (t, 3, h, w) in [0, 1]; of a grey background and things in the colours of the world.

@@ -10,6 +10,7 @@ from torch import nn
 from regard.hosts.small import clip
 from regard.train.loop import Recipe
 from regard.train.match import Match
+from regard.train.pretrained import pretrained
 from regard.train.recipes import Trainable
 from regard.worlds.shapes.language import Vocabulary
 from regard.worlds.shapes.world import Shapes
@@ -21,12 +22,14 @@ class ShapesClip(Trainable):
 
     Data: the world of shapes at 128 x 128 pixels, one to three things of 8 shapes and 8 colours on a plain background, endless;
     captions name the things, plain relations and, every second time, the background. Besides pictures with captions, patches are
-    matched with the names of the things on them. Measured by retrieval among 32 test scenes. Limits: it knows no other words.
-    With ``begin`` training goes on from another model of this recipe.
+    matched with the names of the things on them, ``over`` layers below the last. Measured by retrieval among 32 test scenes.
+    Limits: it knows no other words. With ``begin`` training goes on from another model of this recipe, maybe of fewer layers.
     """
 
     dim: int = 128
-    depth: int = 3
+    text_depth: int = 3
+    depth: int = 4
+    over: int = 1
     joint: int = 64
     size: int = 128
     patch: int = 8
@@ -40,12 +43,20 @@ class ShapesClip(Trainable):
 
     def network(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return clip(Vocabulary().words, self.window, self.size, self.patch, self.dim, self.depth, self.joint)
+        return clip(
+            Vocabulary().words, self.window, self.size, self.patch, self.dim, (self.text_depth, self.depth), self.joint
+        )
+
+    def start(self) -> nn.Module:
+        model = self.network()
+        if self.begin:
+            model.load_state_dict(pretrained(self.begin).state_dict(), strict=False)
+        return model
 
     def task(self) -> Match:
         count = self.steps * self.recipe.epochs * self.recipe.batch_size
         world = Shapes(size=self.size, things=(1, 3), sizes=(0.16, 0.3), seed=self.seed, count=count)
-        return Match(world, self.recipe, self.steps, self.patch, self.window)
+        return Match(world, self.recipe, self.steps, self.patch, self.over, self.window)
 
 
 RECIPE = ShapesClip
