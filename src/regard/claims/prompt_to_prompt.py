@@ -158,9 +158,14 @@ def share(outcomes: Sequence[Outcome], what: str) -> float:
     return fmean(values) * (100 if isinstance(values[0], bool) else 1)
 
 
-def run(budget: Budget, seeds: int) -> list[Row]:
+def rank(values: Sequence[float]) -> float:
+    """Spearman's correlation with ``SHARES``; 0 where all values are alike."""
     from scipy.stats import spearmanr
 
+    return float(spearmanr(SHARES, values).statistic) if len(set(values)) > 1 else 0.0
+
+
+def run(budget: Budget, seeds: int) -> list[Row]:
     count, few, steps = (2, 1, 4) if budget == "smoke" else (64, 24, 25)
     painter: Any = pretrained("shapes-diffusion")
     chosen, right = [], []
@@ -198,10 +203,7 @@ def run(budget: Budget, seeds: int) -> list[Row]:
         ]
         amounts.append(fmean(strengths))
     rises = [after - before for before, after in pairwise(amounts)]
-    ranks = {
-        what: spearmanr(SHARES, [share(outcomes, what) for outcomes in sweep]).statistic
-        for what in ("preserved", "success")
-    }
+    ranks = {what: rank([share(outcomes, what) for outcomes in sweep]) for what in ("preserved", "success")}
     kept = {name: share(outcomes, "preserved") for name, outcomes in (("ours", colour), ("plain", plain))}
     return [
         Row("colour swaps that succeed, %", share(colour, "success"), 70, ">=", share(plain, "success")),
