@@ -21,14 +21,14 @@ class RecallLM(Trainable):
     Data: the world ``Recall``, endless; measured on its test split. Limits: sequences of the length it was trained on.
     """
 
-    dim: int = 64
+    dim: int = 128
     num_heads: int = 4
     depth: int = 2
     symbols: int = 32
     pairs: int = 8
     steps: int = 150
     seed: int = 0
-    recipe: Recipe = Recipe(epochs=8, batch_size=32, lr=3e-3)  # noqa: RUF009 (frozen)
+    recipe: Recipe = Recipe(epochs=8, batch_size=32, lr=1e-3)  # noqa: RUF009 (frozen)
 
     def network(self) -> nn.Module:
         torch.manual_seed(self.seed)
