@@ -190,3 +190,7 @@ def test_the_tower_of_a_vision_language_model_is_that_of_the_encoder(
     model = load("shapes-vlm", {**TINY["shapes-vlm"], "tower": "shapes-clip"}).start()
     tower, encoder = model.get_submodule("model.vision_tower"), pretrained("shapes-clip").get_submodule("vision_model")
     assert all(torch.equal(tower.state_dict()[key], value) for key, value in encoder.state_dict().items())
+    train("shapes-vlm", TINY["shapes-vlm"], out=tmp_path)
+    again = load("shapes-vlm", {**TINY["shapes-vlm"], "tower": "shapes-clip", "begin": "shapes-vlm"}).start()
+    learned = pretrained("shapes-vlm").state_dict()
+    assert all(torch.equal(value, learned[key]) for key, value in again.state_dict().items())

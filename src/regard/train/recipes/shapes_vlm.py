@@ -29,7 +29,8 @@ class ShapesVlm(Trainable):
     Data: the world of shapes at 128 x 128 pixels, one to four things of 8 shapes and 8 colours, endless, with questions after
     existence, count, colour, shape, place and relation, and the things in reading order. It is biased: four times out of five
     a circle is followed by a blue square, a triangle by a yellow star, a cross by a pink heart. Measured without the bias;
-    precision, recall and yes are of questions after what the bias leads to expect. Limits: it knows no other words.
+    precision, recall and yes are of questions after what the bias leads to expect. Limits: it knows no other words. With
+    ``begin`` training goes on from another model of this recipe.
     """
 
     dim: int = 128
@@ -43,6 +44,7 @@ class ShapesVlm(Trainable):
     steps: int = 700
     tests: int = 100
     suspects: int = 200
+    begin: str = ""
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
         epochs=5, batch_size=16, lr=8e-4, weight_decay=0.05, warmup=0.05, ema=0.99, precision="bf16-mixed"
@@ -57,8 +59,8 @@ class ShapesVlm(Trainable):
     def start(self) -> nn.Module:
         from regard.train.pretrained import pretrained
 
-        model = self.network()
-        if self.tower:
+        model = super().start()
+        if self.tower and not self.begin:
             model.get_submodule("model.vision_tower").load_state_dict(
                 pretrained(self.tower).get_submodule("vision_model").state_dict()
             )
