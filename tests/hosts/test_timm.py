@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import regard as rg
 from regard.core.call import OpaqueSite
@@ -183,22 +181,6 @@ def test_sites_kinds_heads_and_tokens(name: str) -> None:
         assert list(cap) == [n for n, k in kinds.items() if k == kind]
 
 
-class Softmaxes(TorchFunctionMode):
-    """What every softmax of the eager code gave, in order; torch's own mode, around the whole model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (F.softmax, Tensor.softmax, torch.softmax):
-            if out.requires_grad:
-                out.retain_grad()
-            self.weights.append(out)
-        return out
-
-
 def eager(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -215,7 +197,7 @@ def as_ours(name: str, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_and_their_gradients_are_the_eager_ones(name: str, dtype: torch.dtype) -> None:
+def test_weights_and_their_gradients_are_the_eager_ones(name: str, dtype: torch.dtype, softmaxes) -> None:
     bound = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     model, image = build(name, dtype)
     for handwritten in (False, True):
@@ -227,7 +209,8 @@ def test_weights_and_their_gradients_are_the_eager_ones(name: str, dtype: torch.
         weights = [call.weights().detach() for _, call in cap.items()]
         gradients = [call.weights_grad() for _, call in cap.items()]
         model.train().eval()  # LeViT keeps its position biases, with their graph, until it is trained again.
-        with Softmaxes() as theirs:
+        softmaxes.weights.clear()
+        with softmaxes as theirs:
             eager(model)(image)[:, 1].sum().backward()
         model.train().eval()
         assert len(weights) == len(theirs.weights)
@@ -307,13 +290,13 @@ def test_a_softmax_that_is_not_attention_is_no_site() -> None:
     assert [s.name for s in found] == ["vit.blocks.0.attn", "vit.blocks.1.attn"]
 
 
-def test_heads_folded_into_the_batch_before_an_axis_of_windows() -> None:
+def test_heads_folded_into_the_batch_before_an_axis_of_windows(softmaxes) -> None:
     halo = HaloAttn(16, feat_size=(8, 8), num_heads=4, block_size=4, halo_size=1).eval().double()
     nn.init.normal_(halo.pos_embed.height_rel)
     image = torch.randn(3, 16, 8, 8, dtype=torch.float64)
     wrapped = nn.Sequential(halo)
     assert [(s.heads, s.queries, s.keys) for s in rg.sites(wrapped, image)] == [(4, 16, 36)]
-    with rg.capture(wrapped) as cap, Softmaxes() as theirs, torch.no_grad():
+    with rg.capture(wrapped) as cap, softmaxes as theirs, torch.no_grad():
         plain = wrapped(image)
     # Four windows and four heads: (b h) windows l s -> (b windows) h l s.
     expected = theirs.weights[0].unflatten(0, (3, 4)).transpose(1, 2).flatten(0, 1)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -29,16 +28,6 @@ def test_painting() -> None:
     assert sum(one.score for one in leaky) < sum(one.score for one in good)
 
 
-@pytest.mark.parametrize(
-    ("name", "figure"), [("recall-lm", "recall"), ("digits-cnn", "accuracy"), ("digits-vit", "accuracy")]
-)
-def test_figures_are_those_of_the_card(name: str, figure: str) -> None:
-    facts = card(name)
-    again = load(name, facts["settings"]).task().measure(pretrained(name))
-    assert again[figure] == pytest.approx(facts["figures"][figure], abs=0.01)
-    assert again[figure] > 0.9
-
-
 def test_inverted_pictures_are_painted_again() -> None:
     model: Any = pretrained("shapes-diffusion-first")
     world = Shapes(size=32, things=(1, 1), sizes=(0.33, 0.46), tilt=0.0, split="test")
@@ -51,11 +40,9 @@ def test_inverted_pictures_are_painted_again() -> None:
     assert error < 0.5 * apart
 
 
-def test_matching() -> None:
-    trainable = load("shapes-clip", card("shapes-clip-first")["settings"])
-    task: Any = trainable.task()
-    figures = replace(task, tests=2).measure(pretrained("shapes-clip-first"))
-    assert figures["kind_of_patch"] > 0.9
-    assert min(figures["image_of_text"], figures["text_of_image"]) > 0.65
-    torch.manual_seed(0)
-    assert replace(task, tests=2).measure(trainable.network().eval())["kind_of_patch"] < 0.3
+def test_answering() -> None:
+    facts = card("shapes-vlm-first")
+    task: Any = load("shapes-vlm", facts["settings"]).task()
+    figures = replace(task, tests=12, suspects=4).measure(pretrained("shapes-vlm-first"))
+    assert figures["accuracy"] == pytest.approx(facts["figures"]["accuracy"], abs=0.15)
+    assert figures["shape"] > 0.8
