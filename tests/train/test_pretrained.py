@@ -137,8 +137,10 @@ def test_command(tmp_path: Path) -> None:
         assert said in refused.stderr
 
 
-# Painting 200 pictures takes minutes: test_weights.py paints fewer.
-@pytest.mark.parametrize("name", [name for name in trained() if not name.startswith("shapes-diffusion")])
+# Painting 200 pictures takes minutes, answering 900 questions half of one: test_weights.py asks for less.
+@pytest.mark.parametrize(
+    "name", [name for name in trained() if not name.startswith(("shapes-diffusion", "shapes-vlm"))]
+)
 def test_those_that_come_along(name: str) -> None:
     model, facts = regard.pretrained(name), card(name)
     measured = load(facts["recipe"], facts["settings"]).task().measure(model)
@@ -180,6 +182,10 @@ def test_training_goes_on_with_more_layers(tmp_path: Path, monkeypatch: pytest.M
     new = {key for key in second if key not in first}
     assert new
     assert all(key.startswith("vision_model.encoder.layers.1.") for key in new)
+    with pytest.raises(ValueError, match="begin='shapes-clip' has what depth=0 has no place for: vision_model"):
+        load("shapes-clip", {**TINY["shapes-clip"], "begin": "shapes-clip", "depth": 0, "over": 0}).start()
+    with pytest.raises(ValueError, match="over=2 must lie between 0 and depth=1"):
+        load("shapes-clip", {**TINY["shapes-clip"], "over": 2}).task()
 
 
 def test_the_tower_of_a_vision_language_model_is_that_of_the_encoder(
@@ -190,6 +196,10 @@ def test_the_tower_of_a_vision_language_model_is_that_of_the_encoder(
     model = load("shapes-vlm", {**TINY["shapes-vlm"], "tower": "shapes-clip"}).start()
     tower, encoder = model.get_submodule("model.vision_tower"), pretrained("shapes-clip").get_submodule("vision_model")
     assert all(torch.equal(tower.state_dict()[key], value) for key, value in encoder.state_dict().items())
+    with pytest.raises(
+        ValueError, match="tower='shapes-clip' does not fit tower_dim=8, tower_depth=2, size=32, patch=16"
+    ):
+        load("shapes-vlm", {**TINY["shapes-vlm"], "tower": "shapes-clip", "tower_depth": 2}).start()
     train("shapes-vlm", TINY["shapes-vlm"], out=tmp_path)
     again = load("shapes-vlm", {**TINY["shapes-vlm"], "tower": "shapes-clip", "begin": "shapes-vlm"}).start()
     learned = pretrained("shapes-vlm").state_dict()

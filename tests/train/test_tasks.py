@@ -114,6 +114,8 @@ def test_noisier_times_are_drawn_more_often() -> None:
     assert abs(even.mean() - 1 / 2) < 0.02
     assert abs(late.mean() - 2 / 3) < 0.02
     assert max(t.max() for t in times) < 1000
+    with pytest.raises(ValueError, match=r"noisy=0\.0 must be positive"):
+        Paint(WORLD, RECIPE, 1, noisy=0.0)
 
 
 def test_patches_have_the_kind_of_what_covers_them() -> None:

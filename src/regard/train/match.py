@@ -51,10 +51,12 @@ class Match:
         - \frac{1}{|P|} \sum_{p \in P} \log \frac{e^{s_{p k(p)}}}{\sum_k e^{s_{pk}}}
         - \frac{1}{\sum_i |K_i|} \sum_i \sum_{k \in K_i} \log \frac{e^{s_{ik}}}{e^{s_{ik}} + \sum_{l \notin K_i} e^{s_{il}}}
 
-    with s scaled cosines: between b pairs; between each patch p that a thing covers, projected as the class token is, and
-    the names k of all kinds of things, once with colours and once without, ``over`` layers below the last one, so that those
-    let the class token gather what is bound together already; between pictures and the names of the kinds K in
-    them and of those that are not. Measured on ``tests`` groups of 32 test scenes:
+    with s scaled cosines: between b pairs; between each patch p that a thing covers, as it is ``over`` layers below the last one
+    and projected as the class token is, and the names k of all kinds of things, once with colours and once without, scaled by
+    ``APART`` so that names have to differ much; between pictures and the names of the kinds K in them and of those that are
+    not. Colour and shape of a patch are thus bound together before the class token gathers them.
+
+    Measured on ``tests`` groups of 32 test scenes:
     how often the most similar picture is the one that a sentence is about, and the other way round; and how often the most
     similar name is that of the thing on a patch.
     """

@@ -51,6 +51,10 @@ class Paint:
     unsaid: float = 0.1
     noisy: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.noisy <= 0:
+            raise ValueError(f"noisy={self.noisy} must be positive")
+
     def __len__(self) -> int:
         return self.steps
 

@@ -24,6 +24,9 @@ class ShapesClip(Trainable):
     captions name the things, plain relations and, every second time, the background. Besides pictures with captions, patches are
     matched with the names of the things on them, ``over`` layers below the last. Measured by retrieval among 32 test scenes.
     Limits: it knows no other words. With ``begin`` training goes on from another model of this recipe, maybe of fewer layers.
+
+    Raises:
+        ValueError: ``over`` outside the vision tower; on starting, a ``begin`` of more layers.
     """
 
     dim: int = 128
@@ -50,10 +53,16 @@ class ShapesClip(Trainable):
     def start(self) -> nn.Module:
         model = self.network()
         if self.begin:
-            model.load_state_dict(pretrained(self.begin).state_dict(), strict=False)
+            unknown = model.load_state_dict(pretrained(self.begin).state_dict(), strict=False).unexpected_keys
+            if unknown:
+                raise ValueError(
+                    f"begin={self.begin!r} has what depth={self.depth} has no place for: {unknown[0]}, ..."
+                )
         return model
 
     def task(self) -> Match:
+        if not 0 <= self.over <= self.depth:
+            raise ValueError(f"over={self.over} must lie between 0 and depth={self.depth}")
         count = self.steps * self.recipe.epochs * self.recipe.batch_size
         world = Shapes(size=self.size, things=(1, 3), sizes=(0.16, 0.3), seed=self.seed, count=count)
         return Match(world, self.recipe, self.steps, self.patch, self.over, self.window)

@@ -10,6 +10,7 @@ from torch import nn
 from regard.hosts.small import llava
 from regard.train.converse import Converse
 from regard.train.loop import Recipe
+from regard.train.pretrained import pretrained
 from regard.train.recipes import Trainable
 from regard.worlds.shapes.language import Vocabulary
 from regard.worlds.shapes.scene import COLOURS
@@ -24,18 +25,21 @@ BIAS = tuple(
 
 @dataclass(frozen=True)
 class ShapesVlm(Trainable):
-    """A Llava: the vision tower of ``shapes-clip``, learning on, and a Llama of eight layers that sees 256 image tokens.
+    """A Llava: the vision tower of the image-text encoder ``tower``, learning on, and a Llama that sees 256 image tokens.
 
     Data: the world of shapes at 128 x 128 pixels, one to four things of 8 shapes and 8 colours, endless, with questions after
     existence, count, colour, shape, place and relation, and the things in reading order. It is biased: four times out of five
     a circle is followed by a blue square, a triangle by a yellow star, a cross by a pink heart. Measured without the bias;
     precision, recall and yes are of questions after what the bias leads to expect. Limits: it knows no other words. With
     ``begin`` training goes on from another model of this recipe.
+
+    Raises:
+        ValueError: on starting, a ``tower`` of other sizes than these.
     """
 
     dim: int = 128
     depth: int = 8
-    tower: str = "shapes-clip"
+    tower: str = "shapes-clip-first"
     tower_dim: int = 128
     tower_depth: int = 3
     size: int = 128
@@ -57,13 +61,16 @@ class ShapesVlm(Trainable):
         return llava(len(Vocabulary()), self.size, self.patch, tower, self.dim, self.depth, context)
 
     def start(self) -> nn.Module:
-        from regard.train.pretrained import pretrained
-
         model = super().start()
         if self.tower and not self.begin:
-            model.get_submodule("model.vision_tower").load_state_dict(
-                pretrained(self.tower).get_submodule("vision_model").state_dict()
-            )
+            encoder = pretrained(self.tower).get_submodule("vision_model")
+            try:
+                model.get_submodule("model.vision_tower").load_state_dict(encoder.state_dict())
+            except RuntimeError as error:
+                sizes = (
+                    f"tower_dim={self.tower_dim}, tower_depth={self.tower_depth}, size={self.size}, patch={self.patch}"
+                )
+                raise ValueError(f"tower={self.tower!r} does not fit {sizes}") from error
         return model
 
     def task(self) -> Converse:
