@@ -10,8 +10,8 @@ and the new mask of the edited thing is at most 0.05.
 
 Bar: a colour swap succeeds in 70 % and preserves in 80 %, 15 points more than without the controller; blending by the maps
 of the thing's word halves the difference outside; over the shares 0, 0.4, 0.8 and 1 of steps in which cross-attention is taken
-over, preservation rises and the strength of edits falls (sign of Spearman's rank correlation); the amount of the colour, chroma of its hue
-summed over the picture, rises with the weight of its word at every step from 0.5 to 2.
+over, preservation rises and the strength of edits falls (sign of Spearman's rank correlation); the amount of the colour,
+chroma of its hue summed over the picture, rises with the weight of its word at every step from 0.5 to 2.
 
 The strength of an edit is taken to be its success, which leaves the bar for it out of reach of a model that paints 92 % of
 swaps rightly with no share at all.
