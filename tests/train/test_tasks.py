@@ -5,17 +5,21 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from regard.train.converse import IGNORE, Converse, interview, suspicions
+from regard.hosts.small import llava
+from regard.train.converse import IGNORE, Converse, grounding, interview, suspicions, taking_turns
 from regard.train.loop import Recipe
 from regard.train.match import KINDS, Match, patch_kinds, pixels, tagging
 from regard.train.paint import Paint, captioned
 from regard.train.recipes.shapes_vlm import BIAS
 from regard.worlds.shapes.judge import judge, satisfies
 from regard.worlds.shapes.language import Vocabulary, read_caption
+from regard.worlds.shapes.scene import COLOURS, SHAPES
 from regard.worlds.shapes.world import Shapes
 
 WORLD = Shapes(size=48, things=(1, 3), count=400)
@@ -150,7 +154,7 @@ def test_questions_have_true_answers() -> None:
 def test_sequences_hold_questions_and_ask_for_answers() -> None:
     task, words = Converse(WORLD, RECIPE, 1, patch=24), Vocabulary()
     asked = [interview(WORLD, i) for i in range(4)]
-    images, ids, targets = task.sequences(asked)
+    images, ids, targets, turns = task.sequences(asked)
     assert images.shape == (4, 3, 48, 48)
     assert (ids[:, 1 : 1 + task.places] == len(words)).all()
     for (_, several), row, target in zip(asked, ids, targets):
@@ -161,6 +165,54 @@ def test_sequences_hold_questions_and_ask_for_answers() -> None:
         assert torch.equal(row[at + 1], target[at])
         answers = " ".join(words.words[i] for i in target[at].tolist())
         assert answers == " ".join(f"{one.answer} <end>" for one in several)
+    assert (turns[:, : 1 + task.places] == 0).all()
+    for (_, several), target, turn in zip(asked, targets, turns):
+        at = (target != IGNORE).nonzero().flatten()
+        assert turn[at].tolist() == [k for k, one in enumerate(several, 1) for _ in f"{one.answer} <end>".split()]
+
+
+def test_questions_in_one_sequence_are_answered_as_if_asked_alone() -> None:
+    task = Converse(WORLD, RECIPE, 1, patch=24)
+    torch.manual_seed(0)
+    model: Any = llava(len(Vocabulary()), 48, 24, (32, 1), 32, 2, 256).double().eval()
+    image, several = interview(WORLD, 0)
+    images, ids, targets, turns = task.sequences([(image, several)])
+    mask, positions = taking_turns(turns)
+    places = torch.arange(ids.shape[1])
+    for i, j in itertools.product(range(0, ids.shape[1], 3), repeat=2):
+        assert mask[0, 0, i, j] == (j <= i and turns[0, j].item() in (0, turns[0, i].item()))
+    seen = pixels(images).double()
+    together = model(input_ids=ids, pixel_values=seen, attention_mask=mask, position_ids=positions).logits[0]
+    for turn, one in enumerate(several, 1):
+        _, alone, expected, _ = task.sequences([(image, [one])])
+        apart = model(input_ids=alone, pixel_values=seen).logits[0]
+        here, there = places[(turns[0] == turn) & (targets[0] != IGNORE)], places[expected[0] != IGNORE]
+        torch.testing.assert_close(together[here], apart[there])
+
+
+def test_grounding_is_the_cross_entropy_of_the_words_for_what_is_there() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    table = nn.Embedding(len(Vocabulary()), 8)
+    model.get_input_embeddings = lambda: table  # type: ignore[assignment]
+    seen, kinds = torch.randn(2, 3, 8), torch.tensor([[5, -1, 63], [-1, -1, 0]])
+    total = 0.0
+    for x, kind in zip(seen.flatten(0, 1), kinds.flatten().tolist()):
+        if kind >= 0:
+            for word, words in zip(KINDS[kind].split(), (tuple(COLOURS), SHAPES)):
+                scores = table.weight[Vocabulary().encode(" ".join(words))[1:-1]] @ (x / x.square().mean().sqrt())
+                total -= scores.log_softmax(0)[words.index(word)].item() / 3
+    assert grounding(seen, kinds, model).item() == pytest.approx(total, rel=1e-4)
+    assert grounding(seen, torch.full_like(kinds, -1), model) == 0
+
+
+def test_training_asks_more_than_measuring() -> None:
+    task = Converse(WORLD, RECIPE, 1, patch=24)
+    _, ids, _, turns, kinds = task.batch(0, 0)
+    assert kinds.shape == (len(ids), task.places)
+    for i, row in enumerate(turns):
+        fewer = {one.text for one in interview(WORLD, i)[1]}
+        assert len(fewer) < int(row.max()) <= 2 * len(fewer)
 
 
 def test_prompts_end_where_the_answer_begins() -> None:

@@ -10,18 +10,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.train.loop import Batch, Recipe
-from regard.train.match import pixels
+from regard.train.match import patch_kinds, pixels
 from regard.worlds.shapes.facts import Found, Phrase, truth
 from regard.worlds.shapes.language import Vocabulary, listing
 from regard.worlds.shapes.questions import Question, absent, existence, questions
-from regard.worlds.shapes.scene import SHAPES
+from regard.worlds.shapes.sample import ShapesSample
+from regard.worlds.shapes.scene import COLOURS, SHAPES
 from regard.worlds.shapes.world import Shapes
 
-IGNORE = -100
+IGNORE, ROUNDS = -100, 2
+Numbers = Int[Tensor, "b n"]
 Asked = tuple[Float[Tensor, "3 h w"], list[Question]]
 
 
@@ -32,15 +34,22 @@ def lacking(rng: np.random.Generator, found: Sequence[Found]) -> Phrase | None:
     return phrase
 
 
-def interview(world: Shapes, index: int) -> Asked:
-    """A picture, and in random order: a question of each kind, whether there is one thing and another, and what there is."""
-    sample, rng = world[index], np.random.default_rng([world.seed, index])
+def asked_about(sample: ShapesSample, rng: np.random.Generator, rounds: int = 1) -> list[Question]:
+    """What there is, and in each round a question of each kind, and whether there is one thing and another; each once."""
     found = truth(sample)
-    asked = [one for one in questions(rng, found) if one.kind not in ("existence", "pattern")]
-    asked.append(Question("what is there ?", str(listing(found)) or "nothing", "description"))
-    phrases = [lacking(rng, found), *(Phrase.of(one, "shape", "colour") for one in found[:1])]
-    asked += [existence(phrase, found) for phrase in phrases if phrase is not None]
-    return sample.image, [asked[i] for i in rng.permutation(len(asked))]
+    asked = [Question("what is there ?", str(listing(found)) or "nothing", "description")]
+    for _ in range(rounds):
+        asked += [one for one in questions(rng, found) if one.kind not in ("existence", "pattern")]
+        here = [Phrase.of(found[rng.integers(len(found))], "shape", "colour")] if found else []
+        phrases = [lacking(rng, found), *here]
+        asked += [existence(phrase, found) for phrase in phrases if phrase is not None]
+    return list({one.text: one for one in asked}.values())
+
+
+def interview(world: Shapes, index: int) -> Asked:
+    """A picture and a round of questions about it."""
+    sample = world[index]
+    return sample.image, asked_about(sample, np.random.default_rng([world.seed, index]))
 
 
 def suspicions(world: Shapes, how: Literal["random", "popular", "adversarial"], count: int) -> Iterator[Asked]:
@@ -65,12 +74,41 @@ def suspicions(world: Shapes, how: Literal["random", "popular", "adversarial"], 
     )
 
 
+def taking_turns(turns: Numbers) -> tuple[Bool[Tensor, "b 1 n n"], Numbers]:
+    """Who sees whom, (query, key), and positions: a turn sees turn 0 and itself, what came before, and follows on turn 0."""
+    places = torch.arange(turns.shape[1], device=turns.device)
+    own, first = turns[:, :, None] == turns[:, None], turns == 0
+    mask = (own | first[:, None]) & (places <= places[:, None])
+    starts = torch.where(own, places, len(places)).amin(2)
+    return mask[:, None], torch.where(first, places, places - starts + first.sum(1, keepdim=True))
+
+
+def grounding(seen: Float[Tensor, "b n d"], kinds: Int[Tensor, "b n"], model: Any) -> Float[Tensor, ""]:
+    """Cross-entropy of the words for colour and shape of what covers each place, by what the decoder is given there."""
+    covered, words, table = kinds >= 0, Vocabulary(), model.get_input_embeddings().weight
+    given = F.rms_norm(seen[covered].float(), seen.shape[-1:])
+    which = kinds[covered]
+    loss = given.sum() * 0.0
+    for names, said in ((tuple(COLOURS), which // len(SHAPES)), (SHAPES, which % len(SHAPES))):
+        rows = words.encode(" ".join(names))[1:-1]
+        loss = loss + F.cross_entropy(given @ table[rows].T, said, reduction="sum") / max(1, len(which))
+    return loss
+
+
 @dataclass(frozen=True)
 class Converse:
-    """The answers to questions about pictures of ``world``, one after the other, by transformers' Llava.
+    r"""The answers to questions about pictures of ``world`` by transformers' Llava, and what is where.
 
-    A sequence is the start token, the picture's places, and for each question its words, the answer's and the end token; the
-    loss is the cross-entropy of answers and end tokens. Measured on questions about ``tests`` pictures without the world's
+    A sequence is the start token, the picture's places, and for each question its words, the answer's and the end token. A
+    question sees the picture and itself, from the position after the picture on, as if it were the only one: what was asked
+    before would often give its answer away. The loss is the cross-entropy of answers and end tokens, and that of colour and
+    shape of what covers each place p,
+
+    .. math:: -\frac{1}{|P|} \sum_{p \in P} \log \frac{e^{x_p \cdot w_{c(p)}}}{\sum_{c} e^{x_p \cdot w_c}}
+        + \log \frac{e^{x_p \cdot w_{s(p)}}}{\sum_{s} e^{x_p \cdot w_s}}
+
+    with x what the decoder is given there, divided by its root mean square, and w the words as it reads them: a place can then
+    be found by the word that is asked for. Measured on questions about ``tests`` pictures without the world's
     bias, each asked alone, an answer right if it is so to the last word; and by asking after things that the bias leads to
     expect where they are missing: precision, recall and share of yes, half of the true answers being yes.
     """
@@ -79,7 +117,7 @@ class Converse:
     recipe: Recipe
     steps: int
     patch: int
-    length: int = 112
+    length: int = 136
     tests: int = 100
     suspects: int = 200
 
@@ -93,35 +131,51 @@ class Converse:
 
     def batch(self, epoch: int, step: int) -> Batch:
         first, size = (epoch * self.steps + step) * self.recipe.batch_size, self.recipe.batch_size
-        return self.sequences([interview(self.world, i) for i in range(first, first + size)])
+        samples = [self.world[i] for i in range(first, first + size)]
+        asked = []
+        for i, sample in enumerate(samples, first):
+            rng = np.random.default_rng([self.world.seed, i])
+            several = asked_about(sample, rng, ROUNDS)
+            asked.append((sample.image, [several[k] for k in rng.permutation(len(several))]))
+        kinds = torch.stack([patch_kinds(sample, self.patch) for sample in samples])
+        return *self.sequences(asked), kinds
 
-    def sequences(self, asked: Sequence[Asked]) -> tuple[Tensor, Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-        """Pictures, token numbers, and the numbers to be predicted at each place; questions that do not fit are left out."""
+    def sequences(self, asked: Sequence[Asked]) -> tuple[Tensor, Numbers, Numbers, Numbers]:
+        """Pictures, token numbers, the numbers to be predicted at each place, and whose turn it is there: 0 the picture's.
+
+        Questions that do not fit are left out.
+        """
         words = Vocabulary()
         ids = torch.full((len(asked), 1 + self.places + self.length), words.PADDING)
-        targets = torch.full_like(ids, IGNORE)
+        targets, turns = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
         ids[:, 0], ids[:, 1 : 1 + self.places] = words.START, len(words)
         for row, (_, several) in enumerate(asked):
             at = 1 + self.places
-            for one in several:
+            for turn, one in enumerate(several, 1):
                 question, answer = words.encode(one.text)[1:-1], words.encode(one.answer)[1:]
                 middle, end = at + len(question), at + len(question) + len(answer)
                 if end > ids.shape[1]:
                     continue
                 ids[row, at:middle], ids[row, middle:end] = question, answer
-                targets[row, middle - 1 : end - 1] = answer
+                targets[row, middle - 1 : end - 1], turns[row, at:end] = answer, turn
                 at = end
-        return torch.stack([image for image, _ in asked]), ids, targets
-
-    def logits(self, model: nn.Module, images: Tensor, ids: Tensor) -> Tensor:
-        out: Any = model(input_ids=ids, pixel_values=pixels(images), use_cache=False)
-        return out.logits.float()
+            turns[row, at:] = len(several) + 1
+        return torch.stack([image for image, _ in asked]), ids, targets, turns
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        images, ids, targets = batch
+        images, ids, targets, turns, kinds = batch
+        mask, positions = taking_turns(turns)
+        out: Any = model(
+            input_ids=ids,
+            pixel_values=pixels(images),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
         asked = targets != IGNORE
-        each = F.cross_entropy(self.logits(model, images, ids)[asked], targets[asked], reduction="none")
-        return each.sum() / asked.sum()
+        answers = F.cross_entropy(out.logits[asked].float(), targets[asked])
+        return answers + grounding(out.hidden_states[0][:, 1 : 1 + self.places], kinds, model)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         plain = replace(self.world, split="test", bias=(), count=self.tests)

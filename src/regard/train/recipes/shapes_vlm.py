@@ -44,7 +44,7 @@ class ShapesVlm(Trainable):
     tower_depth: int = 3
     size: int = 128
     patch: int = 8
-    length: int = 112
+    length: int = 136
     steps: int = 700
     tests: int = 100
     suspects: int = 200
