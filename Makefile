@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(BIN)/regard compare --out demo
 	@echo "report: $(CURDIR)/demo/report.html"
 
-test: lint types tests docs
+test: lint types docs tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests docs
@@ -19,11 +19,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-tests: $(VENV)/.dev
-	$(BIN)/pytest -n $(WORKERS)
-
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+tests: docs
+	REGARD_SITE=$(CURDIR)/site $(BIN)/pytest -n $(WORKERS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

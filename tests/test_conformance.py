@@ -17,7 +17,7 @@ from regard.checks.run import Result, run_check, selected
 METHODS = methods()
 # Compiled code and run-time shape checks exclude each other, so this check runs in processes of its own.
 ELSEWHERE = "compiled"
-PER_PROCESS = 10
+PER_PROCESS = 20
 
 
 def _judge(result: Result) -> None:

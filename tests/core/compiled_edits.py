@@ -37,6 +37,10 @@ EDITS = {
 }
 
 
+# How an edit acts does not depend on the host: one host gets all of them, the others one of each way to act on a call.
+WAYS = ("kv", "scale_keys, renormalised", "mask, a function", "weights", "one head, half strength")
+
+
 class Attend(nn.Module):
     def __init__(self, fused: bool) -> None:
         super().__init__()
@@ -85,13 +89,13 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 def check(host: str) -> None:
     model, x = build(host)
+    whole = host == "fused"
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = compiled(x)  # Compiled before anybody watches: an edit that comes later is seen all the same.
     assert torch.equal(plain, compiled(x))
     close(plain, model(x), host)
-    graphs = 0
-    for name, edit in EDITS.items():
-        what = f"{host}, {name}"
+    for name in EDITS if whole else WAYS:
+        what, edit = f"{host}, {name}", EDITS[name]
         if name == "kv" and host == "written":
             continue
         with rg.edit(model, edit):
@@ -105,10 +109,9 @@ def check(host: str) -> None:
         close(seen, eager, what)
         assert not torch.allclose(seen, plain, atol=1e-6), what
         assert torch.equal(compiled(x), plain), what
-        graphs += 1
-    assert graphs >= len(EDITS) - 1
     # A capture inside compiled code, alone and around an edit.
-    for edits in ((), (EDITS["weights"],), (EDITS["scale_keys"],), (EDITS["v"], EDITS["mask"])):
+    around = ((), (EDITS["v"], EDITS["mask"]), (EDITS["weights"],), (EDITS["scale_keys"],))
+    for edits in around if whole else around[:2]:
         handles = [rg.edit(model, *edits)] if edits else []
         with rg.capture(model) as eager_cap:
             model(x)
@@ -147,4 +150,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for host in sys.argv[1:] or HOSTS:
         check(host)
-        print(f"{host}: {len(EDITS)} edits")
+        print(f"{host}: as eager")

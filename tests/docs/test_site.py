@@ -1,4 +1,7 @@
-"""The built documentation: a page for every method, and nothing that is fetched."""
+"""The built documentation: a page for every method, and nothing that is fetched.
+
+``REGARD_SITE`` names the folder of one just built; otherwise it is built here.
+"""
 
 import os
 import re
@@ -17,6 +20,8 @@ FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"https?
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
+    if built := os.environ.get("REGARD_SITE"):
+        return Path(built)
     out = tmp_path_factory.mktemp("site")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REGARD_TYPECHECK": "0"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from regard.catalog import registry
 from regard.models import slot
 from regard.train.loop import Recipe
-from regard.train.pool import Call, Event, run_calls
+from regard.train.pool import Call, Event, run_here
 from regard.train.run import Run, train
 from regard.view import compare as module
 from regard.view import runs
@@ -119,7 +119,7 @@ def test_interrupted_and_resumed(
     comparison: Comparison, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(calls: Sequence[Call], workers: int) -> Iterator[Event]:
-        for event in run_calls(calls, 1):
+        for event in run_here(calls):
             yield event
             if event.kind == "done":
                 raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def test_interrupted_and_resumed(
 
     def watched(calls: Sequence[Call], workers: int) -> Iterator[Event]:
         ran.extend(c.key for c in calls)
-        yield from run_calls(calls, workers)
+        yield from run_here(calls)
 
     monkeypatch.setattr(runs, "run_calls", watched)
     resumed = compare(["attention", "convolution"], "small-digits", out=tmp_path, resume=True, **SMALL)

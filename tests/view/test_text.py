@@ -16,7 +16,9 @@ from regard.models.language.slot import mixer, slot_decoder
 from regard.nn import Attention
 from regard.train.language import Answer, Predict
 from regard.train.loop import Recipe, fit
+from regard.train.pool import run_here
 from regard.train.text_run import TextRun, split_text
+from regard.view import runs
 from regard.view import text as module
 from regard.view.command import compare_command
 from regard.view.text import LAYERS, compare_text
@@ -40,7 +42,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(out: Path) -> TextComparison:
-    return compare_text(NAMES, out=out, **SMALL)
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(runs, "run_calls", lambda calls, workers: run_here(calls))
+        return compare_text(NAMES, out=out, **SMALL)
 
 
 def test_rows_and_files(comparison: TextComparison, out: Path) -> None:
