@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regard.hosts.painter import Painter
 from regard.ops.positions import axial_sincos
@@ -39,7 +39,7 @@ def vit(
     """timm's ViT with a class token and register tokens."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    model: Any = VisionTransformer(
         img_size=image,
         patch_size=patch,
         in_chans=channels,
@@ -51,6 +51,13 @@ def vit(
         reg_tokens=registers,
         no_embed_class=True,
     )
+    _see(
+        model.patch_embed.proj.weight,
+        model.pos_embed[0],
+        [(*block.attn.qkv.weight.chunk(3), block.attn.proj.weight) for block in model.blocks],
+        num_heads,
+    )
+    return model
 
 
 def words_tokenizer(words: Sequence[str], length: int) -> Any:
@@ -119,26 +126,40 @@ def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
     }
 
 
-def _see(tower: Any) -> None:
+def _see(patches: Tensor, positions: Tensor, layers: Sequence[tuple[Tensor, ...]], num_heads: int) -> None:
     """Initial values with which a small vision tower learns soon: each patch is set off from what is near and alike.
 
     Positions on the grid are as large as the patches, q and k of a head are one random projection, and what is read is
     subtracted. After Asher Trockman, J. Zico Kolter, Mimetic Initialization of Self-Attention Layers, 2023, arXiv:2305.09828.
+
+    Args:
+        patches: the kernel that makes tokens of patches.
+        positions: (n, dim), of the patches of a square.
+        layers: for each the weights of q, k, v and of the output.
     """
-    config = tower.config
-    side = config.image_size // config.patch_size
+    n, dim = positions.shape
+    side = round(n**0.5)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), config.hidden_size, base=20.0)
     with torch.no_grad():
-        tower.embeddings.position_embedding.weight[1:] = places
-        nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * config.patch_size**2) ** -0.5)
-        for layer in tower.encoder.layers:
-            attention = layer.self_attn
-            for head in attention.q_proj.weight.split(config.hidden_size // config.num_attention_heads):
+        positions.copy_(axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), dim, base=20.0))
+        nn.init.normal_(patches, std=patches[0].numel() ** -0.5)
+        for q, k, v, out in layers:
+            for head in q.split(dim // num_heads):
                 nn.init.orthogonal_(head, gain=1.5)
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            nn.init.orthogonal_(attention.v_proj.weight)
-            attention.out_proj.weight.copy_(-0.5 * attention.v_proj.weight.T)
+            k.copy_(q)
+            nn.init.orthogonal_(v)
+            out.copy_(-0.5 * v.T)
+
+
+def _see_clip(tower: Any) -> None:
+    embeddings, attention = tower.embeddings, [layer.self_attn for layer in tower.encoder.layers]
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+    _see(
+        embeddings.patch_embedding.weight,
+        embeddings.position_embedding.weight[1:],
+        [tuple(getattr(one, name).weight for name in projections) for one in attention],
+        tower.config.num_attention_heads,
+    )
 
 
 def _read(tower: Any) -> None:
@@ -172,7 +193,7 @@ def clip(
     }
     config = CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth[1]), projection_dim=joint)
     model = CLIPModel(config)
-    _see(model.vision_model)
+    _see_clip(model.vision_model)
     _read(model.text_model)
     return model
 
@@ -206,7 +227,7 @@ def llava(words: int, size: int, patch: int, tower: tuple[int, int], dim: int, d
     )
     config.image_token_id = words
     model = LlavaForConditionalGeneration(config)
-    _see(model.model.vision_tower)
+    _see_clip(model.model.vision_tower)
     return model
 
 
