@@ -8,6 +8,10 @@ image's share of the sequence; (b) half of the image tokens, dropped after two l
 and at a quarter FastV is two points or more better than chance; (c) a quarter kept after one layer is five points or more
 worse than a quarter kept after two; (d) places of small things (below 0.2 of the picture's side) lose five points or more
 beyond what existence loses, at a quarter.
+
+Measured, it is otherwise in this small model: the last prompt token finds what it is asked about in its fourth layer (a shape)
+or its sixth (a colour), where the thing gets 12 and 19 times its share of the attention that goes to the image. In the second
+layer, by which FastV chooses, it gets 0.8 to 1.8 times its share: tokens kept at random serve better, as a thing covers many.
 """
 
 from __future__ import annotations
