@@ -145,9 +145,8 @@ def test_command(tmp_path: Path) -> None:
 )
 def test_those_that_come_along(name: str) -> None:
     model, facts = regard.pretrained(name), card(name)
-    few = (
-        {"count": 1} if "count" in facts["settings"] else {}
-    )  # what is measured on does not depend on what is learned from
+    # What is measured on does not depend on how much is learned from.
+    few = {"count": 1} if "count" in facts["settings"] else {}
     measured = load(facts["recipe"], {**facts["settings"], **few}).task().measure(model)
     for key, value in measured.items():
         assert value == pytest.approx(facts["figures"][key], rel=1e-3)

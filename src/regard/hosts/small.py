@@ -52,6 +52,7 @@ def vit(
         no_embed_class=True,
     )
     _see(
+        image // patch,
         model.patch_embed.proj.weight,
         model.pos_embed[0],
         [(*block.attn.qkv.weight.chunk(3), block.attn.proj.weight) for block in model.blocks],
@@ -126,19 +127,19 @@ def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
     }
 
 
-def _see(patches: Tensor, positions: Tensor, layers: Sequence[tuple[Tensor, ...]], num_heads: int) -> None:
+def _see(side: int, patches: Tensor, positions: Tensor, layers: Sequence[tuple[Tensor, ...]], num_heads: int) -> None:
     """Initial values with which a small vision tower learns soon: each patch is set off from what is near and alike.
 
     Positions on the grid are as large as the patches, q and k of a head are one random projection, and what is read is
     subtracted. After Asher Trockman, J. Zico Kolter, Mimetic Initialization of Self-Attention Layers, 2023, arXiv:2305.09828.
 
     Args:
+        side: patches along a side of the picture.
         patches: the kernel that makes tokens of patches.
-        positions: (n, dim), of the patches of a square.
+        positions: (side * side, dim).
         layers: for each the weights of q, k, v and of the output.
     """
-    n, dim = positions.shape
-    side = round(n**0.5)
+    dim = positions.shape[1]
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     with torch.no_grad():
         positions.copy_(axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), dim, base=20.0))
@@ -155,6 +156,7 @@ def _see_clip(tower: Any) -> None:
     embeddings, attention = tower.embeddings, [layer.self_attn for layer in tower.encoder.layers]
     projections = ("q_proj", "k_proj", "v_proj", "out_proj")
     _see(
+        tower.config.image_size // tower.config.patch_size,
         embeddings.patch_embedding.weight,
         embeddings.position_embedding.weight[1:],
         [tuple(getattr(one, name).weight for name in projections) for one in attention],
