@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.call import Call, OpaqueSite
-from regard.core.known import Known, Seam, knowledge, matches
+from regard.core.known import Known, Seam, matches
 from regard.core.tap import Tap, in_backward
 from regard.core.watch import Watch
 
@@ -61,7 +61,7 @@ class Capture(Watch):
         return out
 
     def _learn(self, tap: Tap, call: Call, seam: str) -> None:
-        sites = knowledge(self.model).sites
+        sites = self.knowledge.sites
         if self.exact and tap.name not in sites:
             sites[tap.name] = Known(_seam(seam), qk=frozenset([] if call.product is None else [call.product]))
 
@@ -90,7 +90,7 @@ class Capture(Watch):
             if len(calls) > 1:
                 raise KeyError(f"{name!r} ran {len(calls)} times; take one of cap.calls({name!r})")
             return calls[0]
-        known = knowledge(self.model).sites
+        known = self.knowledge.sites
         found = [
             calls[-1]
             for site, calls in self._calls.items()
@@ -101,7 +101,7 @@ class Capture(Watch):
         return found
 
     def _missing(self, name: str) -> Exception:
-        reason = knowledge(self.model).refused.get(name)
+        reason = self.knowledge.refused.get(name)
         if reason is not None:
             return OpaqueSite(f"{name} is opaque: {reason}")
         return KeyError(f"{name!r} names no site that was called; called: {', '.join(self._calls) or 'nothing'}")

@@ -54,7 +54,9 @@ class Watch:
         self.all_edits = tuple(edits)
         self.edits = bool(edits)
         chosen(steps, 0)
-        self.exact = bool(knowledge(self.model).sites)
+        # Kept here: compiled code that looked it up would guard on every model of the process, and break when one goes.
+        self.knowledge = knowledge(self.model)
+        self.exact = bool(self.knowledge.sites)
         self.index = -1
         self.sample = Sample()
         self.active = True
@@ -110,7 +112,7 @@ class Watch:
         return Step(max(self.index, 0), self.branch())
 
     def known(self, name: str) -> Known | None:
-        return knowledge(self.model).sites.get(name)
+        return self.knowledge.sites.get(name)
 
     def kind(self, tap: Tap, call: Call) -> str:
         known = self.known(tap.name)
@@ -126,7 +128,7 @@ class Watch:
         """Give the call the names that the user, or else the host, has for its tokens."""
         if torch.compiler.is_compiling() and not any(e.quantity in ("scale_keys", "bias") for e in self.all_edits):
             return
-        q, k = knowledge(self.model).tokens(name, call.kind, call.q.shape[2], call.k.shape[2])
+        q, k = self.knowledge.tokens(name, call.kind, call.q.shape[2], call.k.shape[2])
         if q is None or k is None:
             for host in self.hosts:
                 theirs = host.tokens(self.model, name, call, self.sample)
