@@ -1,5 +1,6 @@
 """Shapes in signatures are checked while the tests run, and only then."""
 
+import gc
 import os
 import sys
 from types import ModuleType
@@ -24,6 +25,11 @@ if os.environ.get("REGARD_TYPECHECK", "1") == "1":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """What stays until the end is not looked through again whenever garbage is collected."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

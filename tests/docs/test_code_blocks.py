@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from regard.train.pool import run_here
+from regard.view import runs
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -13,6 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "run_calls", lambda calls, workers: run_here(calls))
     namespace: dict[str, object] = {"__name__": f"guide_{page.stem}"}
     blocks = BLOCK.findall(page.read_text())
     assert blocks or page.stem == "index", f"{page.name} has no code"
