@@ -26,6 +26,10 @@ if os.environ.get("REGARD_TYPECHECK", "1") == "1":
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# ``torch.manual_seed`` would note down the whole stack, each time, for accelerators that are not there.
+for absent in (torch.cuda, torch.mtia, torch.xpu):
+    absent.manual_seed_all = lambda seed: None
+
 
 def pytest_collection_finish() -> None:
     """What stays until the end is not looked through again whenever garbage is collected."""

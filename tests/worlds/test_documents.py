@@ -1,7 +1,5 @@
 """Pages: boxes are the ink of their words and stay with it when the page is turned; order, tables and forms are true."""
 
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -193,11 +191,8 @@ def test_sizes(height: int, width: int, size: int, layout: str) -> None:
     assert len(page.words) > 0
 
 
-def test_the_same_in_another_process_and_different_in_every_split() -> None:
+def test_different_in_every_split() -> None:
     world = Documents(skew=5.0, noise=0.1, count=30)
-    code = f"from regard.worlds.documents import Documents\np = {world!r}[7]\nprint(p.words, p.image.double().sum().item())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{world[7].words} {world[7].image.double().sum().item()}"
     texts = [{replace(world, split=split)[i].words for i in range(30)} for split in SPLITS]
     assert len(set.union(*texts)) > 80
     assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]

@@ -1,8 +1,6 @@
 """Formulas: markup, tree and image agree, boxes hold the ink, and are where the tree says that they are."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -195,16 +193,6 @@ def test_splits_share_no_formula_however_short() -> None:
     splits = [{replace(Formulas(longest=3), split=split)[i].markup for i in range(150)} for split in SPLITS]
     assert all(len(markups) > 15 for markups in splits)
     assert not splits[0] & splits[1] | splits[0] & splits[2] | splits[1] & splits[2]
-
-
-def test_the_same_in_another_process() -> None:
-    world = Formulas(longest=24)
-    code = (
-        f"from regard.worlds.formulas import Formulas\nw = {world!r}\n"
-        "print([(w[i].markup, w[i].image.double().sum().item()) for i in (3, 1)])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str([(world[i].markup, world[i].image.double().sum().item()) for i in (3, 1)])
 
 
 def test_panels() -> None:

@@ -1,7 +1,5 @@
 """Graphs: networkx finds the same labels from the edges alone, padding adds nothing, nothing leaks but what is asked."""
 
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -180,15 +178,6 @@ def test_batches_are_the_samples(world: Networks) -> None:
 
 def plain(graph: Graph) -> tuple:
     return graph.features.tolist(), graph.edges.tolist(), graph.targets.tolist(), graph.target.item()
-
-
-def test_the_same_in_another_process() -> None:
-    code = (
-        "from regard.worlds.graphs import *\n"
-        f"for w in {ALL!r}: g = w[7]; print((g.features.tolist(), g.edges.tolist(), g.targets.tolist(), g.target.item()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(plain(world[7])) for world in ALL]
 
 
 @pytest.mark.parametrize("world", ALL, ids=repr)

@@ -1,7 +1,5 @@
 """Recall, copying, needles: a dictionary and a search answer every question; rooms are as big as they are said to be."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -106,13 +104,6 @@ def test_batches_are_the_samples_and_a_loader_makes_the_same() -> None:
 
 
 WORLDS = [Recall(count=50), Copy(count=50), Needle(needles=3, count=50)]
-
-
-def test_the_same_in_another_process() -> None:
-    calls = [f"{world!r}.batch(range(9, 12))" for world in WORLDS]
-    code = f"from regard.worlds.recall import *\nfor b in [{', '.join(calls)}]: print([t.tolist() for t in b])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str([t.tolist() for t in world.batch(range(9, 12))]) for world in WORLDS]
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda w: type(w).__name__)
