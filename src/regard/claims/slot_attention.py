@@ -1,17 +1,21 @@
 """Slots that compete for inputs find objects without being told of any, also more objects than were ever seen.
 
-Set-up: 32x32 images of 2 to 4 coloured shapes that do not overlap, on a grey ground. An autoencoder: three convolutions
+Set-up: 32x32 images of 2 to 4 coloured shapes that do not overlap, on a mid-grey ground. An autoencoder: three convolutions
 to 16x16 tokens of 32 channels with a learned projection of their coordinates, slot attention (5 slots, 3 rounds), and
 a decoder that broadcasts each slot to 8x8 with coordinates, upsamples it by two transposed convolutions to colours and a
-mask, and lets the slots' masks compete for each pixel. Mean squared error, 4,000 steps of Adam at 4e-4 with 300
-steps of warm-up and batches of 32. Compared: the same network with the softmax over the inputs, as in plain attention. Found
-objects are the decoder's masks, against the exact ones by the adjusted Rand index over foreground pixels.
+mask, and lets the slots' masks compete for each pixel. The encoder's kernels begin large enough (He) that coordinates do not
+drown the colours; with torch's smaller ones things of some colours stayed part of the ground. Mean squared error, 4,000 steps
+of Adam at 1e-3 with 300 steps of warm-up and a cosine to zero, batches of 32. Compared: the same network with the softmax
+over the inputs, as in plain attention. Found objects are the decoder's masks, against the exact ones by the adjusted Rand
+index over foreground pixels.
 
 Bar, with two seeds: the index is at least 0.80, and at least 0.20 above that of the softmax over the inputs. On 5 or 6 objects
 with 7 slots it falls by at most 0.12.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,7 @@ from regard.ops.attend import scores
 
 SEEDS = 2
 SIZE, DIM = 32, 32
+WARMUP, RATE = 300, 1e-3
 
 
 class PlainAttention(SlotAttention):
@@ -54,7 +59,7 @@ def scenes(count: int, fewest: int, most: int, generator: torch.Generator) -> tu
     )
     colours = palette[torch.rand(count, 6, generator=generator).argsort(1)[:, :most]]
     labels = (inside * torch.arange(1, most + 1)[:, None, None]).amax(1)
-    ground = torch.full((count, 1, 3), -0.5)
+    ground = torch.zeros(count, 1, 3)
     table = torch.cat([ground, colours], 1)
     images = table.gather(1, labels.flatten(1)[..., None].expand(-1, -1, 3)).transpose(1, 2).unflatten(2, (SIZE, SIZE))
     return images, labels
@@ -85,6 +90,10 @@ class AutoEncoder(nn.Module):
             nn.Conv2d(DIM, DIM, 3, 1, 1),
             nn.ReLU(),
         )
+        for layer in self.encoder:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.place, self.decoder_place = Place(DIM), Place(DIM)
         self.tokens = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
         self.decoder = nn.Sequential(
@@ -133,8 +142,10 @@ def foreground_index(model: AutoEncoder, images: Tensor, labels: Tensor, num_slo
 
 def train(slots: SlotAttention, seed: int, steps: int) -> AutoEncoder:
     model = AutoEncoder(slots)
-    optimiser = torch.optim.Adam(model.parameters(), lr=4e-4)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / 300))
+    optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
     world = torch.Generator().manual_seed(3000 + seed)
     for _ in range(steps):
         images, _ = scenes(32, 2, 4, world)
