@@ -136,6 +136,8 @@ class Perceiver(nn.Module):
         >>> model(torch.randn(2, 16 * 12, 3), grid=(16, 12)).shape
         torch.Size([2, 10])
 
+    Linear layers begin without bias, their weights normal with deviation 1 / sqrt(inputs), cut off at twice that.
+
     Differs: a row of the batch whose entries are all masked reads nothing, instead of an error. Sharing the first reading
         too is left out: the paper found it worse.
 
@@ -185,6 +187,12 @@ class Perceiver(nn.Module):
             for _ in range(1 if shared else repeats)
         )
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def steps(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """The reading and the latent transformer of every repeat; shared ones come again."""
