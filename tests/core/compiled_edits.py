@@ -37,7 +37,8 @@ EDITS = {
 }
 
 
-# How an edit acts does not depend on the host: one host gets all of them, the others one of each way to act on a call.
+# How an edit acts does not depend on the host: one host gets all of them, the others one of each way to
+# act on a call, at two sites.
 WAYS = ("kv", "scale_keys, renormalised", "mask, a function", "weights", "one head, half strength")
 
 
@@ -70,9 +71,9 @@ HOSTS = {
 }
 
 
-def build(host: str) -> tuple[nn.Module, Tensor]:
+def build(host: str, layers: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(HOSTS[host](), nn.ReLU(), HOSTS[host]()).double()
+    model = nn.Sequential(*(part for _ in range(layers) for part in (HOSTS[host](), nn.ReLU()))).double()
     x = torch.randn(B, L, C, dtype=torch.float64)
     rg.sites(model, x)
     rg.tokens(model, q=f"cls + text[{L - 1}]")
@@ -88,8 +89,9 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def check(host: str) -> None:
-    model, x = build(host)
     whole = host == "fused"
+    layers = 1 if whole else 2
+    model, x = build(host, layers)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = compiled(x)  # Compiled before anybody watches: an edit that comes later is seen all the same.
     assert torch.equal(plain, compiled(x))
@@ -127,7 +129,7 @@ def check(host: str) -> None:
         assert torch.equal(compiled(x), plain)
     # A watch that was there first.
     torch.compiler.reset()
-    model, x = build(host)
+    model, x = build(host, layers)
     with rg.edit(model, EDITS["v"]):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         edited = compiled(x)
