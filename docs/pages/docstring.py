@@ -39,8 +39,8 @@ def code(text: str) -> str:
 
 
 def tex(text: str, display: bool = False) -> str:
-    """TeX for the script of the page; several lines become one aligned block."""
-    text = " ".join(text.split())
+    """TeX for the script of the page; several lines become one aligned block, an empty line a space between statements."""
+    text = " ".join(re.sub(r"\n\s*\n", r" \\qquad ", text.strip()).split())
     if display and re.search(r"&|\\\\", text) and r"\begin" not in text:
         text = rf"\begin{{aligned}}{text}\end{{aligned}}"
     tag = "div" if display else "span"
