@@ -185,6 +185,31 @@ def test_dropped_weights_have_no_gradient_that_can_be_known() -> None:
             cap[""].weights_grad()
 
 
+class BothWays(nn.Module):
+    """Two sets look at each other through one product."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        similarity = torch.einsum("bhid,bhjd->bhij", x, y)
+        there, back = similarity.softmax(-1), similarity.mT.contiguous().softmax(-1)
+        return torch.einsum("bhij,bhjd->bhid", there, y), torch.einsum("bhji,bhjd->bhid", back.mT, x)
+
+
+def test_attention_in_both_directions_is_refused_for_what_it_is() -> None:
+    x, y = torch.randn(2, B, H, L, D)
+    (site,) = rg.sites(BothWays(), x, y)
+    assert not site.verified
+    assert "both directions at once" in site.reason
+
+
+def test_of_two_directions_between_sets_of_different_size_that_of_the_rows_is_read() -> None:
+    x, y = torch.randn(B, H, L, D), torch.randn(B, H, L + 2, D)
+    model = BothWays()
+    with rg.capture(model) as cap:
+        model(x, y)
+    (call,) = cap.calls("")
+    torch.testing.assert_close(call.weights(), (x @ y.mT).softmax(-1))
+
+
 def encoder_layer(**more) -> nn.TransformerEncoderLayer:
     torch.manual_seed(0)
     return nn.TransformerEncoderLayer(C, H, 16, dropout=0.0, batch_first=True, **more).eval()

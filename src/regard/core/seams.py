@@ -134,6 +134,12 @@ def _einsum_plan(equation: Any, operands: list[Tensor]) -> str | None:
     return None
 
 
+MIXTURE = "its weights are changed between the softmax and the product with the values: a mixture"
+BOTH_WAYS = (
+    "two softmaxes run over one product, along its rows and along its columns: attention in both directions at once"
+)
+
+
 def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     scores = args[0] if args else kwargs.get("input", kwargs.get("self"))
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -152,7 +158,7 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     fold = tap.fold(q)
     call = Call(fold.apart(q), fold.apart(k), fold.apart(k), scale=1.0, host_scores=fold.apart(scores))
     call.product = number
-    tap.softmaxes.append("its weights are changed between the softmax and the product with the values: a mixture")
+    tap.softmaxes.append(BOTH_WAYS if _turned(tap, call) else MIXTURE)
     edits = tap.begin(call)
     before = [e for e in edits if e.quantity in ("mask", "bias", "scores")]
     for e in before:
@@ -173,6 +179,12 @@ def _softmax(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             weights = fold.back(call.final_weights).to(scores.dtype)
     tap.pending = (weights, call, fold)
     return weights
+
+
+def _turned(tap: Tap, call: Call) -> bool:
+    """Whether these scores are those of the softmax before, turned round."""
+    before = None if tap.pending is None or torch.compiler.is_compiling() else tap.pending[1].host_scores
+    return before is not None and call.host_scores is not None and torch.equal(call.host_scores, before.mT)
 
 
 def _values(tap: Tap, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Any:
