@@ -38,7 +38,7 @@ EDITS = {
 
 
 # How an edit acts does not depend on the host: one host gets all of them, the others one of each way to
-# act on a call, at two sites.
+# act on a call, one of these at two sites.
 WAYS = ("kv", "scale_keys, renormalised", "mask, a function", "weights", "one head, half strength")
 
 
@@ -90,7 +90,7 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 def check(host: str) -> None:
     whole = host == "fused"
-    layers = 1 if whole else 2
+    layers = 2 if host == "own" else 1
     model, x = build(host, layers)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = compiled(x)  # Compiled before anybody watches: an edit that comes later is seen all the same.

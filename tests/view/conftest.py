@@ -20,7 +20,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
         depth=(1,),
         patch=2,
         sides=(14, 15, 16),
-        workers=2,
+        workers=1,
         progress=False,
     )
 
