@@ -31,6 +31,14 @@ def test_scenes() -> None:
         assert (sizes[sizes > 0] >= 12).all(), "an object is cut off"
 
 
+def test_things_stand_apart_and_anywhere() -> None:
+    _, labels = claim.scenes(64, 5, 6, torch.Generator().manual_seed(0))
+    centres = [torch.stack([(one == n).nonzero().float().mean(0) for n in one.unique()[1:]]) for one in labels]
+    assert min(torch.pdist(c).min().item() for c in centres) > 5.0
+    assert torch.cat(centres).floor().unique(dim=0).shape[0] > 150
+    assert sum(len(c) >= 5 for c in centres) > 0.9 * len(centres)
+
+
 def test_plain_attention_sums_to_one_over_inputs() -> None:
     layer = claim.PlainAttention(8, num_slots=3)
     _, weights = layer.trace(torch.randn(2, 5, 8))

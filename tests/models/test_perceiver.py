@@ -227,3 +227,12 @@ def test_refuses_bad_inputs() -> None:
             model(bad, **options)
     with pytest.raises(ValueError, match="axes=0"):
         made(axes=0)(x, grid=(3, 4))
+
+
+def test_linear_layers_begin_with_weights_cut_off_at_two_deviations_and_no_bias() -> None:
+    model = Perceiver(3, 5, dim=64, num_heads=4, num_latents=8, repeats=1, depth=2, bands=6, max_freq=16)
+    for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        scaled = layer.weight.detach() * layer.in_features**0.5
+        assert scaled.abs().max() <= 2.0
+        assert abs(scaled.std().item() - 0.88) < 0.1
+        assert layer.bias is None or not layer.bias.any()
