@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
+# The tests start many processes: each module is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types tests docs clean
 

@@ -4,16 +4,36 @@ import gc
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 TYPECHECKED = [
     *("regard.ops", "regard.nn", "regard.layers", "regard.models", "regard.hosts.painter"),
     *("regard.worlds.shapes", "regard.worlds.rooms"),
 ]
+# Called for every solid that a ray may meet, by functions that are checked.
+INNERMOST = "regard.worlds.rooms.solids"
+
+
+def names_a_shape(thing: Any) -> bool:
+    """Whether an annotation of a function, or of a field of a class, says the shape of an array."""
+    if thing.__module__ == INNERMOST:
+        return False
+    scope = getattr(thing, "__globals__", None) or vars(sys.modules[thing.__module__])
+    for note in getattr(thing, "__annotations__", {}).values():
+        try:
+            found = repr(eval(note, scope) if isinstance(note, str) else note)
+        except NameError:  # Imported for type checkers only.
+            return True
+        if "[Tensor," in found or "[ndarray," in found:
+            return True
+    return False
+
+
 if os.environ.get("REGARD_TYPECHECK", "1") == "1":
     from beartype import BeartypeConf, beartype
 
@@ -21,7 +41,12 @@ if os.environ.get("REGARD_TYPECHECK", "1") == "1":
     tower = ModuleType("tower")
     tower.checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
     sys.modules["tower"] = tower
-    install_import_hook(TYPECHECKED, "tower.checked")
+    # Types without shapes are known before anything runs; checked again at each call they would take a tenth of the time.
+    jaxtyped = jaxtyping.jaxtyped
+    jaxtyping.jaxtyped = lambda *, typechecker: (
+        lambda thing: jaxtyped(thing, typechecker=typechecker) if names_a_shape(thing) else thing
+    )
+    jaxtyping.install_import_hook(TYPECHECKED, "tower.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -31,9 +56,13 @@ for absent in (torch.cuda, torch.mtia, torch.xpu):
     absent.manual_seed_all = lambda seed: None
 
 
+# What is imported and collected stays until the end: it is not looked through whenever garbage is collected.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """What stays until the end is not looked through again whenever garbage is collected."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

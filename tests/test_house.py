@@ -1,11 +1,14 @@
 """Imports go down the house only, and the catalogue needs no torch."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 import regard
 
@@ -71,3 +74,20 @@ def test_import_is_light() -> None:
 def test_listing_papers_needs_no_torch() -> None:
     statement = "from typer.testing import CliRunner; from regard.cli import app; CliRunner().invoke(app, ['papers'])"
     assert "torch" not in _loaded_after(statement)
+
+
+@pytest.mark.skipif(os.environ.get("REGARD_TYPECHECK") == "0", reason="shapes are not checked in this run")
+def test_shapes_are_checked_where_they_are_named() -> None:
+    from regard.ops import scores
+    from regard.worlds.rooms.solids import Solid
+    from regard.worlds.shapes.scene import known
+
+    q, k = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    assert scores.dot(q, k).shape == (2, 3, 5)
+    for bad in ((q.int(), k), (q, torch.zeros(3, 5, 4))):  # Shapes by a name for them, and in the signature itself.
+        with pytest.raises(TypeCheckError):
+            scores.dot(*bad)
+    with pytest.raises(TypeCheckError, match="w"):
+        scores.general(q, k, torch.zeros(4))
+    assert not hasattr(known, "__wrapped__")
+    assert not hasattr(Solid.local, "__wrapped__")

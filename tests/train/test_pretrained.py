@@ -1,8 +1,9 @@
 """Models are trained by name, kept with their card, and loaded only if they are what was trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ import regard
 from regard.cli import app
 from regard.train.pretrained import card, pretrained, train, trained
 from regard.train.recipes import load, names, settings_of
+from regard.worlds.digits import digits
+from regard.worlds.images import Images
 
 TINY: dict[str, dict[str, Any]] = {
-    "digits-cnn": {"width": 2, "epochs": 1, "batch_size": 500},
-    "digits-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 14, "epochs": 1, "batch_size": 500},
+    "digits-cnn": {"width": 2, "epochs": 1, "batch_size": 100},
+    "digits-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 14, "epochs": 1, "batch_size": 100},
     "recall-lm": {"dim": 8, "num_heads": 2, "depth": 1, "pairs": 2, "steps": 2, "epochs": 2, "batch_size": 4},
     "shapes-clip": {
         "dim": 8,
@@ -56,8 +59,18 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(split: Literal["train", "test"]) -> Images:
+        every = digits(split)
+        return replace(every, pixels=every.pixels[:200], labels=every.labels[:200])
+
+    for recipe in ("digits_cnn", "digits_vit"):
+        monkeypatch.setattr(f"regard.train.recipes.{recipe}.digits", some)
+
+
 @pytest.mark.parametrize("name", names())
-def test_trained_and_loaded(name: str, tmp_path: Path) -> None:
+def test_trained_and_loaded(name: str, tmp_path: Path, few_digits: None) -> None:
     path = train(name, TINY[name], out=tmp_path, name="mine")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "mine.safetensors"]
     assert trained(tmp_path) == ["mine"]
