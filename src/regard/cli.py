@@ -269,6 +269,9 @@ def reproduce(
 def bench(
     subject: Annotated[str, typer.Argument(help="A layer, or 'capture': what reading costs.")],
     against: Annotated[str | None, typer.Option(help="Part of one peer's name; default all peers.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="BATCH,TOKENS,DIM,HEADS", help="In place of the usual; again for more.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least.")] = 9,
     threads: Annotated[int | None, typer.Option(help="torch's threads; default as it finds them.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -279,11 +282,13 @@ def bench(
     from rich.console import Console
 
     from regard.bench.run import bench as run
+    from regard.bench.run import shape_of
 
     if threads is not None:
         torch.set_num_threads(threads)
     with _bad_input():
-        found = run(subject, against, rounds=rounds, device=device)
+        shapes = [shape_of(text) for text in shape] if shape else None
+        found = run(subject, against, shapes=shapes, rounds=rounds, device=device)
         console = Console()
         if not console.is_terminal:
             console.width = 160

@@ -102,24 +102,37 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_saving_replaces_earlier_rows_of_the_subject_only(tmp_path) -> None:
-    first = bench_run.bench("hilo", "attention", shapes=TINY, rounds=3, budget=0.0)
+def test_saving_replaces_earlier_rows_of_the_same_measurement_only(tmp_path) -> None:
+    first = bench_run.bench("hilo", "torchvision", shapes=TINY, rounds=3, budget=0.0)
     path = first.save(tmp_path)
+    bench_run.bench("hilo", "torchvision", shapes=[(1, (7, 7), 16, 4)], rounds=3, budget=0.0).save(tmp_path)
     bench_run.bench("flatten", "torchvision", **QUICK).save(tmp_path)
     bench_run.bench("hilo", "torchvision", **QUICK).save(tmp_path)
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert [(r["subject"], r["peer"].partition(" ")[0]) for r in rows] == [
-        ("flatten", "torchvision"),
-        ("flatten", "torchvision"),
-        ("hilo", "torchvision"),
-        ("hilo", "torchvision"),
+    assert [(r["subject"], r["shape"]) for r in rows] == [
+        *[("flatten", "b=1 grid=7x7 dim=32 heads=4")] * 2,
+        *[("hilo", "b=1 grid=7x7 dim=16 heads=4")] * 2,
+        *[("hilo", "b=1 grid=7x7 dim=32 heads=4")] * 2,
     ]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_shapes_are_read() -> None:
+    assert bench_run.shape_of("1,1024,768,12") == (1, (1, 1024), 768, 12)
+    assert bench_run.shape_of("4,14x7,192,6") == (4, (14, 7), 192, 6)
+    for wrong in ("1024", "1,1024,768", "0,8,32,4", "1,8x8x8,32,4", "1,8,32,4,1"):
+        with pytest.raises(ValueError, match=f"shape='{wrong}' is not BATCH,TOKENS,DIM,HEADS"):
+            bench_run.shape_of(wrong)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("hylo",), "nearest: hilo"), (("hilo", "flash"), "no peer of hilo"), (("fastv",), "accelerator")],
+    [
+        (("hylo",), "nearest: hilo"),
+        (("hilo", "flash"), "no peer of hilo"),
+        (("fastv",), "accelerator"),
+        (("capture", "torch"), "one model"),
+    ],
 )
 def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -35,6 +35,7 @@ def test_sites_of_a_model() -> None:
         (("reproduce", "rela", "--budget", "huge"), "budget='huge'"),
         (("check", "hylo"), "nearest: hilo"),
         (("bench", "hylo"), "nearest: hilo"),
+        (("bench", "hilo", "--shape", "8"), "is not BATCH,TOKENS,DIM,HEADS"),
         (("explain", "no-such.png"), "cannot be read"),
     ],
 )

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import io
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -69,7 +70,7 @@ class Bench(list[Measured]):
         yield from (f"not measured: {m}" for m in self.missing)
 
     def save(self, folder: str | Path = "results/bench") -> Path:
-        """Write the rows into FOLDER/DEVICE-TORCH.csv in place of earlier ones of the same subject."""
+        """Write the rows into FOLDER/DEVICE-TORCH.csv in place of earlier ones of the same subject, peer and shape."""
         if not self:
             raise ValueError("nothing was measured, so there is nothing to save")
         folder = Path(folder)
@@ -78,13 +79,29 @@ class Bench(list[Measured]):
         names = [f.name for f in fields(Measured)]
         kept: list[dict[str, Any]] = []
         if path.exists():
-            kept = [row for row in csv.DictReader(io.StringIO(path.read_text())) if row["subject"] != self[0].subject]
+            new = {(row.subject, row.peer, row.shape) for row in self}
+            earlier = csv.DictReader(io.StringIO(path.read_text()))
+            kept = [row for row in earlier if (row["subject"], row["peer"], row["shape"]) not in new]
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted([*kept, *(_rounded(r) for r in self)], key=lambda row: row["subject"]))
         write_whole(path, text.getvalue())
         return path
+
+
+def shape_of(text: str) -> Shape:
+    """The shape that ``BATCH,TOKENS,DIM,HEADS`` says; tokens of an image are ROWSxCOLUMNS.
+
+    Raises:
+        ValueError: text of another form.
+    """
+    number = r"([1-9]\d*)"
+    match = re.fullmatch(f"{number},(?:{number}x)?{number},{number},{number}", text)
+    if match is None:
+        raise ValueError(f"shape={text!r} is not BATCH,TOKENS,DIM,HEADS, such as 1,1024,768,12 or 4,14x14,192,6")
+    batch, rows, columns, dim, heads = (int(group or 1) for group in match.groups())
+    return batch, (rows, columns), dim, heads
 
 
 def _rounded(row: Measured) -> dict[str, Any]:
@@ -112,9 +129,14 @@ def bench(
         device: where to measure.
 
     Raises:
-        ValueError: no such layer or peer; a layer with a failing check, for which no number is given.
+        ValueError: no such layer or peer, ``shapes`` or ``against`` of "capture"; a layer with a failing check, for which no
+            number is given.
     """
     if subject == "capture":
+        if shapes is not None or against is not None:
+            raise ValueError(
+                f"subject='capture' is measured on one model, without peers; got shapes={shapes}, against={against!r}"
+            )
         from regard.bench.capture import reading
 
         return Bench(reading(rounds=rounds, budget=budget))
