@@ -43,9 +43,7 @@ def test_inverted_pictures_are_painted_again() -> None:
 def test_answering() -> None:
     facts = card("shapes-vlm")
     task: Any = load("shapes-vlm", facts["settings"]).task()
-    first, figures = (
-        replace(task, tests=12, suspects=20).measure(pretrained(f"shapes-vlm{kind}")) for kind in ("-first", "")
-    )
+    figures = replace(task, tests=12, suspects=20).measure(pretrained("shapes-vlm"))
     assert figures["accuracy"] == pytest.approx(facts["figures"]["accuracy"], abs=0.1)
-    assert figures["accuracy"] > first["accuracy"]
+    assert figures["accuracy"] > 0.8
     assert figures["shape"] > 0.9

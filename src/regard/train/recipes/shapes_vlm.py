@@ -45,13 +45,13 @@ class ShapesVlm(Trainable):
     size: int = 128
     patch: int = 8
     length: int = 136
-    steps: int = 700
+    steps: int = 640
     tests: int = 100
     suspects: int = 200
     begin: str = ""
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
-        epochs=5, batch_size=16, lr=8e-4, weight_decay=0.05, warmup=0.05, ema=0.99, precision="bf16-mixed"
+        epochs=6, batch_size=16, lr=8e-4, weight_decay=0.05, warmup=0.05, ema=0.99, precision="bf16-mixed"
     )
 
     def network(self) -> nn.Module:
