@@ -87,7 +87,7 @@ def test_shapes_are_checked_where_they_are_named() -> None:
     for bad in ((q.int(), k), (q, torch.zeros(3, 5, 4))):  # Shapes by a name for them, and in the signature itself.
         with pytest.raises(TypeCheckError):
             scores.dot(*bad)
-    with pytest.raises(TypeCheckError, match="w"):
+    with pytest.raises(TypeCheckError, match="typechecking parameter 'w'"):
         scores.general(q, k, torch.zeros(4))
     assert not hasattr(known, "__wrapped__")
     assert not hasattr(Solid.local, "__wrapped__")

@@ -76,6 +76,8 @@ def test_trained_and_loaded(name: str, tmp_path: Path, few_digits: None) -> None
     assert trained(tmp_path) == ["mine"]
     facts = card("mine", tmp_path)
     assert facts["settings"] == settings_of(load(name, TINY[name]))
+    assert facts["about"].endswith(".")
+    assert "Raises" not in facts["about"]
     chosen = [f"--set {key}={value}" for key, value in TINY[name].items()]
     assert facts["command"] == " ".join([f"regard train {name}", *chosen, "--name mine"])
     model = pretrained("mine", tmp_path)

@@ -135,7 +135,7 @@ def train(
     named = [] if name == recipe else [f"--name {name}"]
     facts = {
         "recipe": recipe,
-        "about": " ".join((type(trainable).__doc__ or "").split()),
+        "about": " ".join((type(trainable).__doc__ or "").partition("Raises:")[0].split()),
         "command": " ".join(["regard train", recipe, *chosen, *named]),
         "settings": settings_of(trainable),
         "figures": figures,
