@@ -118,10 +118,12 @@ def test_moving_whole_regions_moves_the_outputs() -> None:
     torch.testing.assert_close(layer(moved(x), grid=grid), moved(layer(x, grid=grid)), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("grid", "regions"), [((5, 7), 3), ((4, 9), 3), ((2, 3), 4)])
-def test_padding_is_neither_chosen_nor_seen(grid: tuple[int, int], regions: int) -> None:
+@pytest.mark.parametrize(
+    ("grid", "regions", "topk"), [((5, 7), 3, 2), ((4, 9), 3, 2), ((2, 3), 4, 2), ((2, 3), 4, 9), ((1, 1), 2, 2)]
+)
+def test_padding_is_neither_chosen_nor_seen(grid: tuple[int, int], regions: int, topk: int) -> None:
     """A padded map gives what the same map gives inside a larger one whose other tokens are masked."""
-    layer = make(regions, topk=2)
+    layer = make(regions, topk=topk)
     sides = [-(-side // regions) * regions for side in grid]
     x = tokens(grid)
     larger = torch.randn(2, *sides, 8, dtype=torch.float64)

@@ -77,13 +77,16 @@ def test_a_block_and_a_grid_reach_everywhere_where_strides_fit_into_windows() ->
     assert not reach(MaxAttention(12, 3, 2).double(), (8, 8)).all()
 
 
-def test_odd_maps_are_larger_maps_with_the_rest_masked() -> None:
-    layer, x = MaxAttention(12, 3, 2, 3).double(), torch.randn(1, 4, 5, 12, dtype=torch.float64)
+@pytest.mark.parametrize(("height", "width", "sizes"), [(4, 5, (2, 3)), (2, 5, (3, 6)), (1, 1, (6, 2))])
+def test_odd_maps_are_larger_maps_with_the_rest_masked(height: int, width: int, sizes: tuple[int, int]) -> None:
+    layer, x = MaxAttention(12, 3, *sizes).double(), torch.randn(1, height, width, 12, dtype=torch.float64)
+    for block in (layer.block, layer.grid):
+        torch.nn.init.normal_(block.attn.table)
     larger = torch.randn(1, 6, 6, 12, dtype=torch.float64)
     mask = torch.zeros(1, 6, 6, dtype=torch.bool)
-    larger[:, :4, :5], mask[:, :4, :5] = x, True
-    out = layer(larger.flatten(1, 2), mask=mask.flatten(1), grid=(6, 6)).unflatten(1, (6, 6))[:, :4, :5]
-    torch.testing.assert_close(layer(x.flatten(1, 2), grid=(4, 5)), out.flatten(1, 2), rtol=0, atol=1e-12)
+    larger[:, :height, :width], mask[:, :height, :width] = x, True
+    out = layer(larger.flatten(1, 2), mask=mask.flatten(1), grid=(6, 6)).unflatten(1, (6, 6))[:, :height, :width]
+    torch.testing.assert_close(layer(x.flatten(1, 2), grid=(height, width)), out.flatten(1, 2), rtol=0, atol=1e-12)
 
 
 def test_the_bias_grows_with_the_window() -> None:

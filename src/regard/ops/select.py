@@ -55,6 +55,8 @@ def topk_blocks(
     # Two stable sorts: by affinity, then by rank (0 forced, 1 eligible, 2 neither). No affinity, not even -inf, can be
     # taken for a mark.
     order = affinity.sort(dim=-1, descending=True, stable=True).indices
+    if eligible is None and forced is None and k <= affinity.shape[-1]:
+        return order[..., :k], torch.ones_like(order[..., :k], dtype=torch.bool)
     rank = torch.ones_like(affinity, dtype=torch.uint8)
     if eligible is not None:
         rank = rank.masked_fill(~eligible, 2)

@@ -62,7 +62,8 @@ class Recipe:
         learned = [p for p in model.parameters() if p.requires_grad]
         decayed, plain = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.lr)
+        # The fused form undoes the scaling of half precision by itself, after the clipping that has to see it undone.
+        return torch.optim.AdamW(groups, lr=self.lr, fused=self.precision != "16-mixed")
 
 
 class Task(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +27,8 @@ def costs(
 ) -> dict[str, dict[str, Any]]:
     """Cost of the networks of ``runs`` (one a layer) on a training batch, and scaling of their layers alone, by layer."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # measuring memory collects garbage each time: not what was imported
     images, _ = load(data)
     these = [Run.read(run) for run in runs]
     first = these[0]

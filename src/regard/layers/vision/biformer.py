@@ -89,9 +89,9 @@ class BiLevelRoutingAttention(nn.Module):
         >>> layer(torch.randn(2, 81, 32), grid=(9, 9)).shape
         torch.Size([2, 81, 32])
 
-    Differs: sides that ``regions`` does not divide are padded; what was added is no key, counts in no mean, and a region
-    that holds nothing else is never chosen (the official code attends padding, its bias included). Maps smaller than
-    S x S leave regions empty instead of being refused. Ties go to the region of lowest number. The scale is C^-0.5 over
+    Differs: regions of ceil(H / S) x ceil(W / S) tokens are padded at the end of the map where they overhang it; what was
+    added is no key and counts in no mean (the official code attends padding, its bias included). Small maps have fewer
+    than S x S regions instead of being refused. Ties go to the region of lowest number. The scale is C^-0.5 over
     all heads, as in the official code, not the head's width. Pooled keys and parametric or soft routing, which no
     published model uses, are left out.
 
@@ -131,18 +131,19 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> tuple[Int[Tensor, "b r k"], Bool[Tensor, "b r k"]]:
         """The regions that each region attends to, best first, and which of the slots are in use."""
         affinity = _means(q.detach(), valid) @ _means(k.detach(), valid).transpose(1, 2)
-        return topk_blocks(affinity, self.topk, eligible=None if valid is None else valid.any(-1)[:, None])
+        k_best = min(self.topk, affinity.shape[-1])
+        return topk_blocks(affinity, k_best, eligible=None if valid is None else valid.any(-1)[:, None])
 
     def forward(
         self, x: Float[Tensor, "b n c"], *, mask: Tensor | None = None, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "b n c"]:
         image, valid = to_map(x, grid, mask, self.dim)
-        padded, valid = pad_map(image, valid, self.regions)
+        size = [-(-side // self.regions) for side in image.shape[1:3]]
+        padded, valid = pad_map(image, valid, size)
         sides = padded.shape[1:3]
-        size = [side // self.regions for side in sides]
 
-        def cut(z: Tensor) -> Tensor:  # (b, H, W, c) -> (b, S^2, tokens of a region, c)
-            return partition(z, size).view(len(x), self.regions**2, size[0] * size[1], -1)
+        def cut(z: Tensor) -> Tensor:  # (b, H, W, c) -> (b, regions, tokens of a region, c)
+            return partition(z, size).view(len(x), -1, size[0] * size[1], z.shape[-1])
 
         q, k, v = self.qkv(padded).split([self.qk_dim, self.qk_dim, self.dim], -1)
         if valid is not None:

@@ -29,7 +29,8 @@ class RelativeAttention(nn.Module):
         window_size: P.
         dropout: of the weights, in training.
 
-    Shape: (w, P^2, dim) -> (w, P^2, dim). ``mask`` (w, P^2 or 1, P^2) is True where a query may look at a key.
+    Shape: (w, P^2, dim) -> (w, P^2, dim). ``mask`` (w, P^2 or 1, P^2) is True where a query may look at a key. ``window``
+    gives the sides of windows that are smaller than P x P.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, dropout: float = 0.0) -> None:
@@ -45,9 +46,9 @@ class RelativeAttention(nn.Module):
         self.table = nn.Parameter(torch.empty(num_heads, 2 * window_size - 1, 2 * window_size - 1))
         nn.init.normal_(self.table, std=0.02)
 
-    def bias(self) -> Float[Tensor, "h p p"]:
-        """The bias of every pair of tokens of a window: an entry of the table at key minus query."""
-        at = grid_positions((self.window_size, self.window_size), self.table.device)
+    def bias(self, window: tuple[int, int] | None = None) -> Float[Tensor, "h p p"]:
+        """The bias of every pair of tokens of a window (default P x P): an entry of the table at key minus query."""
+        at = grid_positions(window or (self.window_size, self.window_size), self.table.device)
         return self.table.flatten(1)[:, relative_index(at, at, self.window_size)]
 
     def resize(self, window_size: int) -> None:
@@ -63,10 +64,15 @@ class RelativeAttention(nn.Module):
         """Queries, keys and values, (w, h, p, d) each."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Float[Tensor, "w p c"], mask: Bool[Tensor, "w q p"] | None = None) -> Float[Tensor, "w p c"]:
+    def forward(
+        self,
+        x: Float[Tensor, "w p c"],
+        mask: Bool[Tensor, "w q p"] | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "w p c"]:
         allowed = None if mask is None else mask[:, None]
         dropout = self.dropout if self.training else 0.0
-        out = attend(*self.project(x), mask=allowed, bias=self.bias()[None], dropout=dropout)
+        out = attend(*self.project(x), mask=allowed, bias=self.bias(window)[None], dropout=dropout)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -97,10 +103,10 @@ class PartitionAttention(nn.Module):
 
     def mix(self, x: Float[Tensor, "b H W c"], valid: Bool[Tensor, "b H W"] | None = None) -> Float[Tensor, "b H W c"]:
         """Attention inside every part; sides that the window does not divide are padded, the padding masked."""
-        size = self.attn.window_size
+        size = min(self.attn.window_size, x.shape[1]), min(self.attn.window_size, x.shape[2])
         padded, valid = pad_map(x, valid, size)
         mask = None if valid is None else self.cut(valid[..., None], size)[:, None, :, 0]
-        out = self.join(self.attn(self.cut(padded, size), mask), size, padded.shape[1:3])
+        out = self.join(self.attn(self.cut(padded, size), mask, size), size, padded.shape[1:3])
         return crop(out, x.shape[1:3])
 
     def forward(
