@@ -12,9 +12,11 @@ from torch import nn
 
 from regard.train.classify import Classify
 from regard.train.loop import Recipe, fit
+from regard.train.pretrained import card
 from regard.worlds.images import Images
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=1e-2)
+LAUNCH = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def world(n: int) -> Images:
@@ -91,8 +93,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         f"    open({str(tmp_path / 'curve.json')!r}, 'w').write(json.dumps(curve))\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(program)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*LAUNCH, str(program)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     alone = network()
     curve = fit(alone, task(), RECIPE)
@@ -101,3 +102,17 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     import json
 
     assert json.loads((tmp_path / "curve.json").read_text())["loss"] == pytest.approx(curve["loss"], rel=1e-4)
+
+
+def test_a_recipe_trains_in_two_processes_of_which_one_speaks(tmp_path: Path) -> None:
+    tiny = {"dim": 8, "num_heads": 2, "depth": 1, "pairs": 2, "steps": 2, "epochs": 1, "batch_size": 4}
+    command = ["regard", "train", "recall-lm", *(part for k, v in tiny.items() for part in ("--set", f"{k}={v}"))]
+    done = subprocess.run(
+        [*LAUNCH, "-m", *command, "--devices", "2", "--out", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("recall-lm.safetensors: loss") == 1
+    assert card("recall-lm", tmp_path)["command"].startswith(
+        "torchrun --nproc-per-node 2 -m regard train recall-lm --dev"
+    )
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,11 +31,12 @@ def train_command(
         typer.echo("\n".join(names()))
         return
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    follows = int(os.environ.get("RANK", 0)) > 0  # torchrun numbers its processes; the first speaks for all
     from regard.train.pretrained import card, train
 
     try:
         chosen = dict(_pair(text) for text in settings or [])
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=Console(stderr=True), disable=follows) as progress:
             bar = progress.add_task(recipe, total=None)
 
             def report(facts: dict[str, Any]) -> None:
@@ -66,6 +68,8 @@ def train_command(
     except ValueError as error:
         errors.print(f"regard: {error}")
         raise typer.Exit(2) from None
+    if follows:
+        return
     figures = card(path.stem, out)["figures"]
     typer.echo(f"{path}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 

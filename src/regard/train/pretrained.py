@@ -133,10 +133,12 @@ def train(
         figures = {"loss": curve["loss"][-1], **task.measure(model.eval())}
     chosen = [f"--set {key}={value}" for key, value in (settings or {}).items()]
     named = [] if name == recipe else [f"--name {name}"]
+    launch = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
+    spread = [f"--devices {devices}"] if devices > 1 else []
     facts = {
         "recipe": recipe,
         "about": " ".join((type(trainable).__doc__ or "").partition("Raises:")[0].split()),
-        "command": " ".join(["regard train", recipe, *chosen, *named]),
+        "command": launch + " ".join(["regard train", recipe, *spread, *chosen, *named]),
         "settings": settings_of(trainable),
         "figures": figures,
         "parameters": sum(p.numel() for p in model.parameters()),
