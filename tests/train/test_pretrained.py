@@ -40,7 +40,7 @@ TINY: dict[str, dict[str, Any]] = {
         "epochs": 1,
         "batch_size": 4,
     },
-    "shapes-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 24, "count": 20, "tests": 20, "epochs": 1},
+    "shapes-vit": {"dim": 8, "num_heads": 2, "depth": 1, "patch": 16, "count": 20, "tests": 20, "epochs": 1},
     "shapes-vlm": {
         "dim": 16,
         "depth": 2,

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from regard.hosts.small import llava
+from regard.train.classify import Classify, ClassifyPatches
 from regard.train.converse import IGNORE, Converse, grounding, interview, suspicions, taking_turns
 from regard.train.loop import Recipe
 from regard.train.match import KINDS, Match, patch_kinds, pixels, tagging
 from regard.train.paint import Paint, captioned
 from regard.train.recipes.shapes_vlm import BIAS
 from regard.worlds.shapes.judge import judge, satisfies
+from regard.worlds.shapes.labelled import located_shapes
 from regard.worlds.shapes.language import Vocabulary, read_caption
-from regard.worlds.shapes.scene import COLOURS, SHAPES
+from regard.worlds.shapes.scene import CLASSES, COLOURS, SHAPES
 from regard.worlds.shapes.world import Shapes
 
 WORLD = Shapes(size=48, things=(1, 3), count=400)
@@ -92,6 +95,36 @@ def test_tagging_is_the_cross_entropy_against_what_is_not_there() -> None:
         loss += [-(row[k].exp() / (row[k].exp() + sum(absent))).log() for k in present]
     torch.testing.assert_close(tagging(scores, kinds), sum(loss) / len(loss))
     assert tagging(scores, torch.full((3, 4), -1)) == 0
+
+
+def test_patches_on_the_thing_learn_its_name_too() -> None:
+    pytest.importorskip("timm")
+    from regard.hosts.small import early_vit
+
+    images, places = located_shapes("train", 32, 6)
+    task = ClassifyPatches(images, images, Recipe(batch_size=3), seed=1, reach=3, places=places, patch=8)
+    model: Any = early_vit(32, 8, 3, len(CLASSES), 16, 2, 1, registers=2).eval()
+    x, y, on = task.batch(2, 1)
+    plain = Classify(images, images, Recipe(batch_size=3), seed=1, reach=3).batch(2, 1)
+    assert torch.equal(x, plain[0])
+    assert torch.equal(y, plain[1])
+    alone = places[task.chosen(2, 1)][:, None].float()
+    covered = task.moved(alone, 2, 1).unflatten(3, (4, 8)).unflatten(2, (4, 8)).mean((3, 5)).flatten(1)
+    assert torch.equal(on, covered >= 0.5)
+    assert on.any()
+    assert not on.all()
+
+    tokens = model.forward_features(x)
+    expected = F.cross_entropy(model.head(tokens[:, 0]), y)
+    of_patches = [F.cross_entropy(model.head(tokens[i, 3 + p]), y[i]) for i, p in on.nonzero().tolist()]
+    expected = expected + torch.stack(of_patches).mean()
+    torch.testing.assert_close(task.loss(model, (x, y, on)), expected)
+    bare = F.cross_entropy(model(x), y)
+    torch.testing.assert_close(task.loss(model, (x, y, torch.zeros_like(on))), bare)
+    assert not model.norm._forward_hooks
+
+    with pytest.raises(ValueError, match=r"patch=12 must be a power of two"):
+        early_vit(48, 12, 3, 5, 16, 2, 1, 0)
 
 
 def test_noisier_times_are_drawn_more_often() -> None:

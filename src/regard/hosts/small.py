@@ -61,6 +61,32 @@ def vit(
     return model
 
 
+def early_vit(
+    image: int, patch: int, channels: int, classes: int, dim: int, num_heads: int, depth: int, registers: int
+) -> nn.Module:
+    """:func:`vit` whose patches, a power of two wide, are read by timm's convolutional stem, with which it learns soon.
+
+    After Tete Xiao et al., Early Convolutions Help Transformers See Better, 2021, arXiv:2106.14881.
+    """
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    halvings = patch.bit_length() - 1
+    if patch != 1 << halvings or halvings < 1:
+        raise ValueError(f"patch={patch} must be a power of two, and 2 at least")
+    model: Any = vit(image, patch, channels, classes, dim, num_heads, depth, registers)
+    stem = ConvStem(
+        channels,
+        depth=halvings + 1,
+        channels=(*(dim >> i for i in reversed(range(halvings))), dim),
+        kernel_size=(3,) * halvings + (1,),
+        stride=(2,) * halvings + (1,),
+        padding=(1,) * halvings + (0,),  # type: ignore[arg-type]
+    )
+    model.patch_embed = HybridEmbed(stem, img_size=image, patch_size=1, proj=False, embed_dim=dim)
+    return model
+
+
 def words_tokenizer(words: Sequence[str], length: int) -> Any:
     """A tokenizer of transformers with a token a word; the first three words are padding, start and end.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.train.loop import Batch, Recipe, order
@@ -39,12 +39,20 @@ class Classify:
         return math.ceil(len(self.train) / self.recipe.batch_size)
 
     def batch(self, epoch: int, step: int) -> Batch:
+        x, y = self.train.batch(self.chosen(epoch, step))
+        return self.moved(x, epoch, step), y
+
+    def chosen(self, epoch: int, step: int) -> Int[Tensor, " b"]:
+        """The images of a batch."""
         size = self.recipe.batch_size
-        x, y = self.train.batch(order(len(self.train), self.seed, epoch)[step * size : (step + 1) * size])
+        return order(len(self.train), self.seed, epoch)[step * size : (step + 1) * size]
+
+    def moved(self, x: Float[Tensor, "b c h w"], epoch: int, step: int) -> Float[Tensor, "b c h w"]:
+        """The images of a batch, each moved by its own."""
         if not self.reach:
-            return x, y
+            return x
         number = (self.seed * 1_000_003 + epoch) * len(self) + step
-        return shifted(x, self.reach, torch.Generator().manual_seed(number)), y
+        return shifted(x, self.reach, torch.Generator().manual_seed(number))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         x, y = batch
@@ -71,3 +79,44 @@ class Classify:
         device = next(model.parameters()).device
         pieces = torch.arange(len(self.test)).split(batch_size)
         return torch.cat([model(self.test.batch(index)[0].to(device)).cpu() for index in pieces])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyPatches(Classify):
+    r"""The same for a transformer that also learns to name the thing on each patch (token labelling).
+
+    .. math:: \mathrm{CE}(h(z_0), y) + \frac{1}{|P|} \sum_{p \in P} \mathrm{CE}(h(z_p), y)
+
+    with z the tokens that the module ``tokens`` of the model gives, the patches last, h its module ``head``, and P the patches of
+    which the thing covers half or more. After Zihang Jiang et al., All Tokens Matter: Token Labeling for Training Better Vision
+    Transformers, 2021, arXiv:2104.10858, with the true places for a teacher.
+
+    Args:
+        places: (n, h, w), where the thing is in each training image.
+        patch: pixels of a side of a patch.
+    """
+
+    places: Bool[Tensor, "n h w"]
+    patch: int
+    tokens: str = "norm"
+    head: str = "head"
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        index = self.chosen(epoch, step)
+        x, y = self.train.batch(index)
+        both = self.moved(torch.cat([x, self.places[index][:, None].to(x)], 1), epoch, step)
+        return both[:, :-1], y, F.avg_pool2d(both[:, -1:], self.patch).flatten(1) >= 0.5
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        x, y, on = batch
+        network: nn.Module = getattr(model, "module", model)
+        kept: list[Tensor] = []
+        hook = network.get_submodule(self.tokens).register_forward_hook(lambda *call: kept.append(call[2]))
+        try:
+            whole = super().loss(model, (x, y))
+        finally:
+            hook.remove()
+        patches = network.get_submodule(self.head)(kept[0][:, -on.shape[1] :][on].float())
+        return whole + F.cross_entropy(patches, y[:, None].expand(on.shape)[on], reduction="sum") / on.sum().clamp(
+            min=1
+        )
