@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import regard as rg
 from regard.core.call import OpaqueSite
+from regard.hosts.small import early_vit
 
 timm = pytest.importorskip("timm")
 from timm.layers.halo_attn import HaloAttn  # noqa: E402
@@ -84,6 +85,11 @@ MODELS = {
         lambda: vit(class_token=False, global_pool="map"),
         (64, 64),
         [("self", 3, 8, PATCHES, PATCHES)] * 2 + [("pool", 3, 8, 1, PATCHES)],
+    ),
+    "vit behind a resnet": (
+        lambda: vit("vit_tiny_r_s16_p8_224"),
+        (64, 64),
+        [("self", 3, 8, "cls + image[2,2]", "cls + image[2,2]")] * 2,
     ),
     "eva02": (lambda: vit("eva02_tiny_patch14_224", img_size=56), (56, 56), [("self", 3, 8, CLS, CLS)] * 2),
     "beit": (lambda: vit("beit_base_patch16_224"), (64, 64), [("self", 3, 8, CLS, CLS)] * 2),
@@ -305,3 +311,8 @@ def test_heads_folded_into_the_batch_before_an_axis_of_windows(softmaxes) -> Non
         edited = wrapped(image)
     changed = (edited != plain).flatten(2).any(-1).any(0)
     assert changed.tolist() == [4 <= channel < 8 for channel in range(16)]
+
+
+def test_patches_of_a_convolutional_stem_are_found() -> None:
+    model = early_vit(32, 8, 3, 5, 24, 3, 2, registers=4)
+    assert rg.explain(model, torch.randn(1, 3, 32, 32), "attention-flow", target=1).grid == (4, 4)

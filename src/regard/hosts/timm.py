@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,12 @@ class Timm(Host):
 
 
 def _layout(model: nn.Module, sample: tuple[int, ...]) -> Tokens | None:
-    embed = getattr(model, "patch_embed", None)
-    if embed is None or not hasattr(embed, "patch_size") or len(sample) != 4:
+    embed: Any = getattr(model, "patch_embed", None)
+    if not hasattr(embed, "patch_size") or len(sample) != 4:
         return None
     patch = embed.patch_size if isinstance(embed.patch_size, tuple) else (embed.patch_size,) * 2
+    if hasattr(embed, "feat_ratio"):  # a backbone before the patches has made the image smaller already
+        patch = embed.feat_ratio(as_scalar=False)
     grid = tuple(-(-n // p) for n, p in zip(sample[-2:], patch, strict=True))
     registers = getattr(model, "num_reg_tokens", 0)
     classes = getattr(model, "num_prefix_tokens", 0) - registers
