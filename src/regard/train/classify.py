@@ -117,6 +117,5 @@ class ClassifyPatches(Classify):
         finally:
             hook.remove()
         patches = network.get_submodule(self.head)(kept[0][:, -on.shape[1] :][on].float())
-        return whole + F.cross_entropy(patches, y[:, None].expand(on.shape)[on], reduction="sum") / on.sum().clamp(
-            min=1
-        )
+        named = F.cross_entropy(patches, y[:, None].expand(on.shape)[on], reduction="sum")
+        return whole + named / on.sum().clamp(min=1)
