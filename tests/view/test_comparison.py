@@ -5,7 +5,7 @@ import math
 import pytest
 
 from regard.bench.cost import Cost, Flops, Timing
-from regard.view.comparison import Comparison, Row, gap
+from regard.view.comparison import Comparison, Row, gap, within
 
 N = 100
 
@@ -50,8 +50,17 @@ def test_choice_is_the_fastest_within_one_error() -> None:
     chosen = found.choice()
     assert chosen is not None
     assert chosen.layer == "close"
-    assert found.advice().startswith("Use close: best is the most accurate (95.0 %), but close (94.0 %)")
+    assert found.advice().startswith("Use close: best is the most accurate (95.0 %), but close (94.0 %, 1.0")
     assert "3.0 times as fast" in found.advice()
+
+
+def test_no_layer_is_preferred_for_its_larger_error() -> None:
+    """The last is within its own wide error of the best; what is more accurate and faster than it is not."""
+    found = made(row("best", [95, 95], 9), row("steady", [93, 93], 2), row("wide", [87, 97], 3))
+    assert not within(found.rows[0], found.rows[1])
+    assert [r.layer for r in found.close()] == ["best", "steady", "wide"]
+    assert found.advice().startswith("Use steady: best is the most accurate (95.0 %), but steady (93.0 %, 2.0")
+    assert "is ahead of wide, which is within one standard error of it, and 4.5 times as fast" in found.advice()
 
 
 def test_advice_when_the_best_is_alone_and_when_it_is_also_fastest() -> None:

@@ -189,6 +189,9 @@ def test_advice_prefers_the_faster_of_those_alike() -> None:
     assert [r.layer for r in found.close()] == ["slow", "fast"]
     assert found.advice().startswith("Use fast: perplexity 5.30 a byte, within the spread over seeds of slow (5.20)")
     assert found.front() == {"slow", "fast", "poor"}
+    found.rows += [row("steady", [5.5, 5.5], 50.0), row("wide", [5.0, 6.2], 20.0)]
+    assert [r.layer for r in found.close()] == ["slow", "fast", "steady", "wide"]
+    assert "Use steady: perplexity 5.50 a byte, better than wide, which is within the spread" in found.advice()
     assert math.isnan(TextRow("none", "own").mean("recall"))
 
 

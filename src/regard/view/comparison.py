@@ -63,6 +63,12 @@ def gap(best: Row, other: Row) -> tuple[float, float]:
     return fmean(differences), math.sqrt(variance)
 
 
+def within(best: Row, other: Row) -> bool:
+    """Whether ``other`` is no more than one standard error behind ``best``."""
+    behind, error = gap(best, other)
+    return behind <= error
+
+
 @dataclass
 class Comparison(Saved):
     """Rows, one a layer, and what was run on what (``info``); ``maps`` show where layers look in the images ``samples``."""
@@ -81,14 +87,13 @@ class Comparison(Saved):
         return [row for row in self.ranked() if row.cost is not None]
 
     def close(self, among: Sequence[Row] | None = None) -> list[Row]:
-        """The most accurate row, of ``among`` or of all, and those no more than one standard error behind it."""
+        """The most accurate row, of ``among`` or of all, those no more than one standard error behind it, and all between them.
+
+        Without those between, a layer would be preferred for an error that is larger than another's.
+        """
         ranked = [row for row in self.ranked() if among is None or row in among]
-        found = ranked[:1]
-        for row in ranked[1:]:
-            difference, error = gap(ranked[0], row)
-            if difference <= error:
-                found.append(row)
-        return found
+        last = max((i for i, row in enumerate(ranked) if i == 0 or within(ranked[0], row)), default=-1)
+        return ranked[: last + 1]
 
     def choice(self, among: Sequence[Row] | None = None) -> Row | None:
         """The fastest of the most accurate, of ``among`` or of all: what the figures speak for."""
@@ -204,10 +209,11 @@ class Comparison(Saved):
             )
             return f"use {best.layer}, the most accurate ({100 * best.accuracy:.1f} %) and {rest}."
         behind, error = gap(best, choice)
+        near = "within one standard error of it"
         return (
-            f"use {choice.layer}: {top}, but {choice.layer} ({100 * choice.accuracy:.1f} %) is within one standard error of it "
-            f"({100 * behind:.1f} ± {100 * error:.1f} points behind) and "
-            f"{best.cost.forward.median / choice.cost.forward.median:.1f} times as fast."
+            f"use {choice.layer}: {top}, but {choice.layer} ({100 * choice.accuracy:.1f} %, {100 * behind:.1f} ± "
+            f"{100 * error:.1f} points behind) is {near if behind <= error else f'ahead of {close[-1].layer}, which is {near},'} "
+            f"and {best.cost.forward.median / choice.cost.forward.median:.1f} times as fast."
         )
 
     def page(self) -> str:

@@ -44,6 +44,13 @@ class TextRow:
         return found["median"] if found else math.nan
 
 
+def within(best: TextRow, other: TextRow) -> bool:
+    """Whether the perplexity of ``other`` is within the spread over seeds of that of ``best``."""
+    spreads = [row.deviation("perplexity") for row in (best, other)]
+    errors = [s**2 / len(best.last("perplexity")) for s in spreads if not math.isnan(s)]
+    return other.mean("perplexity") - best.mean("perplexity") <= math.sqrt(sum(errors))
+
+
 @dataclass
 class TextComparison(Saved):
     """Rows, one a layer, and what was run on what (``info``)."""
@@ -65,16 +72,9 @@ class TextComparison(Saved):
         return names
 
     def close(self) -> list[TextRow]:
-        """The row of lowest perplexity and those within the spread over seeds of it."""
+        """The row of lowest perplexity, those within the spread over seeds of it, and all between them."""
         ranked = self.ranked()
-        best = ranked[0]
-
-        def apart(row: TextRow) -> float:
-            spreads = [r.deviation("perplexity") for r in (best, row)]
-            errors = [s**2 / len(best.last("perplexity")) for s in spreads if not math.isnan(s)]
-            return row.mean("perplexity") - best.mean("perplexity") - math.sqrt(sum(errors))
-
-        return [row for row in ranked if row is best or apart(row) <= 0]
+        return ranked[: 1 + max(i for i, row in enumerate(ranked) if i == 0 or within(ranked[0], row))]
 
     def advice(self) -> str:
         """What the figures speak for, in words."""
@@ -86,7 +86,10 @@ class TextComparison(Saved):
         best = ranked[0]
         said = f"Use {choice.layer}: perplexity {choice.mean('perplexity'):.2f} a byte"
         if choice is not best:
-            said += f", within the spread over seeds of {best.layer} ({best.mean('perplexity'):.2f}), and faster in decoding"
+            near = f"within the spread over seeds of {best.layer} ({best.mean('perplexity'):.2f})"
+            if not within(best, choice):
+                near = f"better than {close[-1].layer}, which is {near}"
+            said += f", {near}, and faster in decoding"
         recalled = [row for row in ranked if row.last("recall")]
         if recalled:
             most = max(recalled, key=lambda row: row.mean("recall"))
