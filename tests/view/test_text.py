@@ -188,6 +188,10 @@ def test_advice_prefers_the_faster_of_those_alike() -> None:
     found = TextComparison({}, rows)
     assert [r.layer for r in found.close()] == ["slow", "fast"]
     assert found.advice().startswith("Use fast: perplexity 5.30 a byte, within the spread over seeds of slow (5.20)")
+    assert found.advice().endswith("recalls 50 %.")
+    for better in rows[0], rows[2]:
+        better.runs[-1]["recall"] = [0.1, 0.9]
+    assert found.advice().endswith("recalls 50 %; most is recalled by poor, 90 %.")
     assert found.front() == {"slow", "fast", "poor"}
     found.rows += [row("steady", [5.5, 5.5], 50.0), row("wide", [5.0, 6.2], 20.0)]
     assert [r.layer for r in found.close()] == ["slow", "fast", "steady", "wide"]

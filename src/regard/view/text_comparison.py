@@ -81,8 +81,12 @@ class TextComparison(Saved):
         ranked = self.ranked()
         if not ranked:
             return "No layer finished a run."
+
+        def speed(row: TextRow) -> float:
+            return -1.0 if math.isnan(row.rate("decoding")) else row.rate("decoding")
+
         close = self.close()
-        choice = max(close, key=lambda row: -1.0 if math.isnan(row.rate("decoding")) else row.rate("decoding"))
+        choice = max(close, key=speed)
         best = ranked[0]
         said = f"Use {choice.layer}: perplexity {choice.mean('perplexity'):.2f} a byte"
         if choice is not best:
@@ -92,7 +96,7 @@ class TextComparison(Saved):
             said += f", {near}, and faster in decoding"
         recalled = [row for row in ranked if row.last("recall")]
         if recalled:
-            most = max(recalled, key=lambda row: row.mean("recall"))
+            most = max(recalled, key=lambda row: (row.mean("recall"), row is choice, speed(row)))
             said += f". Of what was said before it recalls {100 * choice.mean('recall'):.0f} %"
             if most is not choice:
                 said += f"; most is recalled by {most.layer}, {100 * most.mean('recall'):.0f} %"
