@@ -56,7 +56,8 @@ def topk_blocks(
     # taken for a mark.
     order = affinity.sort(dim=-1, descending=True, stable=True).indices
     if eligible is None and forced is None and k <= affinity.shape[-1]:
-        return order[..., :k], torch.ones_like(order[..., :k], dtype=torch.bool)
+        index = order[..., :k].contiguous()  # not a view that keeps the whole order
+        return index, torch.ones_like(index, dtype=torch.bool)
     rank = torch.ones_like(affinity, dtype=torch.uint8)
     if eligible is not None:
         rank = rank.masked_fill(~eligible, 2)
