@@ -112,7 +112,6 @@ def test_a_recipe_trains_in_two_processes_of_which_one_speaks(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recall-lm.safetensors: loss") == 1
-    assert card("recall-lm", tmp_path)["command"].startswith(
-        "torchrun --nproc-per-node 2 -m regard train recall-lm --dev"
-    )
+    launched = "torchrun --nnodes 1 --nproc-per-node 2 -m regard train recall-lm --nodes 1 --devices 2 --set dim=8"
+    assert card("recall-lm", tmp_path)["command"].startswith(launched)
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}

@@ -69,6 +69,8 @@ def test_advice_when_the_best_is_alone_and_when_it_is_also_fastest() -> None:
         == "Use best, the most accurate (95.0 %) and ahead of the others."
     )
     assert "the fastest of the 2 within" in made(row("best", [95], 2), row("close", [94], 3)).advice()
+    between = made(row("best", [95, 95], 2), row("steady", [93, 93], 9), row("wide", [87, 97], 3))
+    assert "the fastest of the 2 within" in between.advice()
 
 
 def test_advice_names_an_attention_layer_if_it_is_not_the_choice() -> None:

@@ -31,7 +31,8 @@ def train_command(
         typer.echo("\n".join(names()))
         return
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    follows = int(os.environ.get("RANK", 0)) > 0  # torchrun numbers its processes; the first speaks for all
+    # torchrun numbers its processes; the first speaks for all.
+    follows = devices * nodes > 1 and int(os.environ.get("RANK", 0)) > 0
     from regard.train.pretrained import card, train
 
     try:

@@ -133,8 +133,10 @@ def train(
         figures = {"loss": curve["loss"][-1], **task.measure(model.eval())}
     chosen = [f"--set {key}={value}" for key, value in (settings or {}).items()]
     named = [] if name == recipe else [f"--name {name}"]
-    launch = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
-    spread = [f"--devices {devices}"] if devices > 1 else []
+    launch, spread = "", []
+    if devices * nodes > 1:
+        launch = f"torchrun --nnodes {nodes} --nproc-per-node {devices} -m "
+        spread = [f"--nodes {nodes} --devices {devices}"]
     facts = {
         "recipe": recipe,
         "about": " ".join((type(trainable).__doc__ or "").partition("Raises:")[0].split()),

@@ -202,11 +202,8 @@ class Comparison(Saved):
         if choice is None or best.cost is None or choice.cost is None:
             return f"{top}. Nothing was measured."
         if choice is best:
-            rest = (
-                f"the fastest of the {len(close)} within one standard error of it"
-                if len(close) > 1
-                else "ahead of the others"
-            )
+            alike = sum(row is best or within(best, row) for row in close)
+            rest = f"the fastest of the {alike} within one standard error of it" if alike > 1 else "ahead of the others"
             return f"use {best.layer}, the most accurate ({100 * best.accuracy:.1f} %) and {rest}."
         behind, error = gap(best, choice)
         near = "within one standard error of it"

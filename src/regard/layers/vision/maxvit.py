@@ -187,8 +187,9 @@ class MaxAttention(nn.Module):
         >>> layer(torch.randn(2, 63, 32), grid=(7, 9)).shape
         torch.Size([2, 63, 32])
 
-    Differs: sides that P or G does not divide are padded and the padding is masked; the paper needs multiples. Every token
-    keeps its residuals, so a token that may look at nothing passes through the MLPs alone.
+    Differs: sides that P or G does not divide are padded and the padding is masked; the paper needs multiples. A side that
+    is shorter than a window has windows of its own length. Every token keeps its residuals, so a token that may look at
+    nothing passes through the MLPs alone.
 
     Reference: Zhengzhong Tu, Hossein Talebi, Han Zhang, Feng Yang, Peyman Milanfar, Alan Bovik, Yinxiao Li, MaxViT:
     Multi-Axis Vision Transformer, ECCV 2022, arXiv:2204.01697
