@@ -86,8 +86,12 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         f"spec = importlib.util.spec_from_file_location('this', {__file__!r})\n"
         "this = importlib.util.module_from_spec(spec); spec.loader.exec_module(this)\n"
         "import json, torch; from safetensors.torch import save_file\n"
+        "class Says(this.Classify):\n"
+        "    def measure(self, model):\n"
+        "        print('measured by', torch.distributed.get_rank()); return super().measure(model)\n"
         "torch.set_num_threads(1); model = this.network()\n"
-        "curve = this.fit(model, this.task(), this.RECIPE, devices=2)\n"
+        "curve = this.fit(model, Says(this.world(42), this.world(30), this.RECIPE, seed=3), this.RECIPE, devices=2)\n"
+        "assert len(curve['accuracy']) == this.RECIPE.epochs\n"
         "if torch.distributed.get_rank() == 0:\n"
         f"    save_file(model.state_dict(), {str(tmp_path / 'w.safetensors')!r})\n"
         f"    open({str(tmp_path / 'curve.json')!r}, 'w').write(json.dumps(curve))\n"
@@ -95,13 +99,17 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     )
     done = subprocess.run([*LAUNCH, str(program)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("measured by 0") == RECIPE.epochs
+    assert "measured by 1" not in done.stdout
     alone = network()
     curve = fit(alone, task(), RECIPE)
     got = load_file(tmp_path / "w.safetensors")
     torch.testing.assert_close(got, dict(alone.state_dict()), rtol=1e-4, atol=1e-6)
     import json
 
-    assert json.loads((tmp_path / "curve.json").read_text())["loss"] == pytest.approx(curve["loss"], rel=1e-4)
+    assert json.loads((tmp_path / "curve.json").read_text()) == {
+        name: pytest.approx(values, rel=1e-4) for name, values in curve.items()
+    }
 
 
 def test_a_recipe_trains_in_two_processes_of_which_one_speaks(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Task(Protocol):
         ...
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Figures on data that is not learned from; nothing is chosen by them."""
+        """Figures on data that is not learned from, in one process; nothing is chosen by them."""
         ...
 
 
@@ -177,7 +177,8 @@ def fit(
             raise FloatingPointError(
                 f"the training loss became {mean} in epoch {epoch + 1}; try a smaller learning rate"
             )
-        figures = {"loss": mean, **_measured(task, model if average is None else average.module)}
+        known = _measured(task, model if average is None else average.module) if fabric.is_global_zero else {}
+        figures = {"loss": mean, **fabric.broadcast(known)}
         for name, value in figures.items():
             curve.setdefault(name, []).append(value)
         fabric.log_dict(figures, step=(epoch + 1) * len(task))
