@@ -275,6 +275,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least.")] = 9,
     threads: Annotated[int | None, typer.Option(help="torch's threads; default as it finds them.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compiled", help="The layer and its peers under torch.compile.")] = False,
     out: Annotated[str | None, typer.Option(help="Folder for the CSV; default: print only.")] = None,
 ) -> None:
     """Time a layer beside what you would use instead, as ratios; no number while a check fails."""
@@ -288,7 +289,7 @@ def bench(
         torch.set_num_threads(threads)
     with _bad_input():
         shapes = [shape_of(text) for text in shape] if shape else None
-        found = run(subject, against, shapes=shapes, rounds=rounds, device=device)
+        found = run(subject, against, shapes=shapes, rounds=rounds, device=device, compiled=compiled)
         console = Console()
         if not console.is_terminal:
             console.width = 160

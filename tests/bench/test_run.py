@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,24 @@ def test_a_sequence_layer_is_causal_and_has_a_cached_step() -> None:
         torch.testing.assert_close(call(), expected)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_and_its_peer_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    shape = {**QUICK, "shapes": [(2, (1, 9), 32, 4)]}
+    path = bench_run.bench("coca", "causal", **shape).save(tmp_path)
+    assert not compiled
+    found = bench_run.bench("coca", "causal", **shape, compiled=True)
+    assert [r.mode for r in found] == ["forward, compiled", "forward+backward, compiled"]
+    assert len(compiled) == 2
+    assert type(compiled[0]) is registry.get("coca").target
+    assert found.save(tmp_path) == path
+    modes = [row["mode"] for row in csv.DictReader(path.read_text().splitlines())]
+    assert modes == ["forward", "forward+backward", "cached step", *(r.mode for r in found)]
+    with pytest.raises(ValueError, match="compiled=True"):
+        bench_run.bench("capture", compiled=True)
+
+
 @pytest.mark.parametrize("record", registry.methods("layer"), ids=lambda m: m.name)
 def test_every_layer_is_built_at_the_width_measured(record: registry.Method) -> None:
     layer = bench_run.subject_layer(record, 32, 4, 64)
@@ -102,7 +121,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_saving_replaces_earlier_rows_of_the_same_measurement_only(tmp_path) -> None:
+def test_saving_replaces_earlier_rows_of_the_same_measurement_only(tmp_path: Path) -> None:
     first = bench_run.bench("hilo", "torchvision", shapes=TINY, rounds=3, budget=0.0)
     path = first.save(tmp_path)
     bench_run.bench("hilo", "torchvision", shapes=[(1, (7, 7), 16, 4)], rounds=3, budget=0.0).save(tmp_path)

@@ -70,7 +70,7 @@ class Bench(list[Measured]):
         yield from (f"not measured: {m}" for m in self.missing)
 
     def save(self, folder: str | Path = "results/bench") -> Path:
-        """Write the rows into FOLDER/DEVICE-TORCH.csv in place of earlier ones of the same subject, peer and shape."""
+        """Write the rows into FOLDER/DEVICE-TORCH.csv in place of earlier ones of the same subject, peer, shape and mode."""
         if not self:
             raise ValueError("nothing was measured, so there is nothing to save")
         folder = Path(folder)
@@ -79,9 +79,9 @@ class Bench(list[Measured]):
         names = [f.name for f in fields(Measured)]
         kept: list[dict[str, Any]] = []
         if path.exists():
-            new = {(row.subject, row.peer, row.shape) for row in self}
+            new = {(row.subject, row.peer, row.shape, row.mode) for row in self}
             earlier = csv.DictReader(io.StringIO(path.read_text()))
-            kept = [row for row in earlier if (row["subject"], row["peer"], row["shape"]) not in new]
+            kept = [row for row in earlier if (row["subject"], row["peer"], row["shape"], row["mode"]) not in new]
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
@@ -116,6 +116,7 @@ def bench(
     rounds: int = 9,
     budget: float = 1.0,
     device: str = "cpu",
+    compiled: bool = False,
 ) -> Bench:
     """Time a layer beside its peers: forward, forward with backward, and one cached step where both have a cache.
 
@@ -127,15 +128,17 @@ def bench(
         shapes: (batch, grid, dim, num_heads); a grid of one row is a sequence.
         rounds: interleaved rounds at least, and more until ``budget`` seconds have passed.
         device: where to measure.
+        compiled: the layer and its peers under ``torch.compile``, which fuses passes over memory; without a cached step.
 
     Raises:
-        ValueError: no such layer or peer, ``shapes`` or ``against`` of "capture"; a layer with a failing check, for which no
-            number is given.
+        ValueError: no such layer or peer; ``shapes``, ``against`` or ``compiled`` of "capture"; a layer with a failing check,
+            for which no number is given.
     """
     if subject == "capture":
-        if shapes is not None or against is not None:
+        if shapes is not None or against is not None or compiled:
             raise ValueError(
-                f"subject='capture' is measured on one model, without peers; got shapes={shapes}, against={against!r}"
+                "subject='capture' is measured on one model, as it is and without peers; "
+                f"got shapes={shapes}, against={against!r}, compiled={compiled}"
             )
         from regard.bench.capture import reading
 
@@ -158,11 +161,13 @@ def bench(
             found.missing.append(f"{peer.name}: {peer.requires} is not installed")
             continue
         for shape in shapes:
-            found.extend(_pair(record, peer, shape, rounds, budget, device))
+            found.extend(_pair(record, peer, shape, rounds, budget, device, compiled))
     return found
 
 
-def _pair(record: Method, peer: Peer, shape: Shape, rounds: int, budget: float, device: str) -> Iterator[Measured]:
+def _pair(
+    record: Method, peer: Peer, shape: Shape, rounds: int, budget: float, device: str, compiled: bool
+) -> Iterator[Measured]:
     batch, grid, dim, heads = shape
     x = tokens(batch, grid, dim).to(device)
     torch.manual_seed(0)
@@ -178,7 +183,11 @@ def _pair(record: Method, peer: Peer, shape: Shape, rounds: int, budget: float, 
         "forward": lambda name: forward(layers[name], *inputs[name]),
         "forward+backward": lambda name: backward(layers[name], *inputs[name]),
     }
-    if record.tags.cache and all(hasattr(layer, "new_cache") for layer in layers.values()):
+    if compiled:
+        torch.compiler.reset()
+        for layer in layers.values():
+            layer.compile()
+    elif record.tags.cache and all(hasattr(layer, "new_cache") for layer in layers.values()):
         modes["cached step"] = lambda name: cached_step(layers[name], x)
     for mode, make in modes.items():
         calls = {name: make(name) for name in layers}
@@ -188,7 +197,7 @@ def _pair(record: Method, peer: Peer, shape: Shape, rounds: int, budget: float, 
         yield Measured(
             subject=record.name,
             peer=peer.name,
-            mode=mode,
+            mode=f"{mode}, compiled" if compiled else mode,
             shape=f"b={batch} {size} dim={dim} heads={heads}",
             milliseconds=mine.median,
             spread=(mine.high - mine.low) / 2,
