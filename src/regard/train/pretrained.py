@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,20 @@ def pretrained(name: str, where: str | Path | None = None) -> nn.Module:
     return model.eval()
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """Processes that were brought together within end together.
+
+    When one ends while another is still at work, or in an open group, torchrun may end them all.
+    """
+    alone = not torch.distributed.is_initialized()
+    yield
+    if alone and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@_together()
 def train(
     recipe: str,
     settings: Mapping[str, Any] | None = None,
