@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from regard.hosts.small import llava
 from regard.train.classify import Classify, ClassifyPatches
-from regard.train.converse import IGNORE, Converse, grounding, interview, suspicions, taking_turns
+from regard.train.converse import IGNORE, Converse, interview, pointing, suspicions, taking_turns
 from regard.train.loop import Recipe
-from regard.train.match import KINDS, Match, patch_kinds, pixels, tagging
+from regard.train.match import Match, pixels
 from regard.train.paint import Paint, captioned
 from regard.train.recipes.shapes_vlm import BIAS
 from regard.worlds.shapes.judge import judge, satisfies
 from regard.worlds.shapes.labelled import located_shapes
 from regard.worlds.shapes.language import Vocabulary, read_caption
-from regard.worlds.shapes.scene import CLASSES, COLOURS, SHAPES
+from regard.worlds.shapes.scene import CLASSES
 from regard.worlds.shapes.world import Shapes
 
 WORLD = Shapes(size=48, things=(1, 3), count=400)
@@ -48,53 +46,10 @@ def test_painting_leaves_some_captions_out() -> None:
 
 
 def test_batches_of_an_epoch_differ_and_come_again() -> None:
-    for task in (Paint(WORLD, RECIPE, 2), Match(WORLD, RECIPE, 2, patch=24), Converse(WORLD, RECIPE, 2, patch=24)):
+    for task in (Paint(WORLD, RECIPE, 2), Match(WORLD, RECIPE, 2, patch=16), Converse(WORLD, RECIPE, 2, patch=16)):
         first, second, again = task.batch(0, 0), task.batch(0, 1), task.batch(0, 0)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
         assert not torch.equal(first[0], second[0])
-
-
-def test_matching_is_right_for_a_model_that_knows() -> None:
-    class Knows(torch.nn.Module):
-        """Says that the i-th text is about the i-th picture, or about the one before; and what is on each patch, or not."""
-
-        def __init__(self, right: bool) -> None:
-            super().__init__()
-            self.shift = 0 if right else 1
-            self.weight = torch.nn.Parameter(torch.zeros(()))
-            self.visual_projection = torch.nn.Identity()
-            self.vision_model = SimpleNamespace(post_layernorm=torch.nn.Identity())
-
-        def forward(
-            self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor, **more: bool
-        ) -> SimpleNamespace:
-            assert more == {"output_hidden_states": True}
-            at = next(i for i in range(0, 8, 4) if torch.equal(task_images(i), pixel_values))
-            kinds = torch.stack([patch_kinds(TEST[at + i], 6) for i in range(4)]).clamp_min(0)
-            patches = torch.eye(len(KINDS))[(kinds + self.shift) % len(KINDS)]
-            return SimpleNamespace(
-                logits_per_text=torch.eye(len(input_ids), 4).roll(self.shift, 1),
-                text_embeds=torch.cat([torch.zeros(4, len(KINDS)), torch.eye(len(KINDS)), torch.eye(8, len(KINDS))]),
-                vision_model_output=SimpleNamespace(hidden_states=[torch.cat([patches[:, :1], patches], 1), None]),
-            )
-
-    def task_images(first: int) -> torch.Tensor:
-        return pixels(torch.stack([TEST[first + i].image for i in range(4)]))
-
-    task = Match(WORLD, RECIPE, 1, patch=6, tests=2, among=4)
-    for right in (True, False):
-        figures = task.measure(Knows(right))
-        assert figures == dict.fromkeys(("image_of_text", "text_of_image", "kind_of_patch"), float(right))
-
-
-def test_tagging_is_the_cross_entropy_against_what_is_not_there() -> None:
-    scores, kinds = torch.randn(3, 9), torch.tensor([[-1, 2, 2, 7], [-1, -1, 0, -1], [-1, -1, -1, -1]])
-    loss = []
-    for row, present in zip(scores, ({2, 7}, {0}, set())):
-        absent = [row[k].exp() for k in range(9) if k not in present]
-        loss += [-(row[k].exp() / (row[k].exp() + sum(absent))).log() for k in present]
-    torch.testing.assert_close(tagging(scores, kinds), sum(loss) / len(loss))
-    assert tagging(scores, torch.full((3, 4), -1)) == 0
 
 
 def test_patches_on_the_thing_learn_its_name_too() -> None:
@@ -122,9 +77,6 @@ def test_patches_on_the_thing_learn_its_name_too() -> None:
     bare = F.cross_entropy(model(x), y)
     torch.testing.assert_close(task.loss(model, (x, y, torch.zeros_like(on))), bare)
     assert not model.norm._forward_hooks
-
-    with pytest.raises(ValueError, match=r"patch=12 must be a power of two"):
-        early_vit(48, 12, 3, 5, 16, 2, 1, 0)
 
 
 def test_noisier_times_are_drawn_more_often() -> None:
@@ -155,20 +107,6 @@ def test_noisier_times_are_drawn_more_often() -> None:
         Paint(WORLD, RECIPE, 1, noisy=0.0)
 
 
-def test_patches_have_the_kind_of_what_covers_them() -> None:
-    sample = WORLD[7]
-    kinds = patch_kinds(sample, 4).view(12, 12)
-    for row, column in itertools.product(range(12), repeat=2):
-        inside = sample.index[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-        counts = {i + 1: int((inside == i + 1).sum()) for i in range(len(sample.scene.things))}
-        covering = [i for i, n in counts.items() if n >= 8]
-        kind = int(kinds[row, column])
-        assert (kind >= 0) == bool(covering)
-        if kind >= 0:
-            assert KINDS[kind] in [sample.scene.things[i - 1].kind for i in covering]
-    assert (kinds >= 0).any()
-
-
 def test_questions_have_true_answers() -> None:
     for i in range(20):
         image, asked = interview(WORLD, i)
@@ -185,9 +123,9 @@ def test_questions_have_true_answers() -> None:
 
 
 def test_sequences_hold_questions_and_ask_for_answers() -> None:
-    task, words = Converse(WORLD, RECIPE, 1, patch=24), Vocabulary()
+    task, words = Converse(WORLD, RECIPE, 1, patch=16), Vocabulary()
     asked = [interview(WORLD, i) for i in range(4)]
-    images, ids, targets, turns = task.sequences(asked)
+    images, ids, targets, turns, _ = task.sequences(asked)
     assert images.shape == (4, 3, 48, 48)
     assert (ids[:, 1 : 1 + task.places] == len(words)).all()
     for (_, several), row, target in zip(asked, ids, targets):
@@ -205,11 +143,11 @@ def test_sequences_hold_questions_and_ask_for_answers() -> None:
 
 
 def test_questions_in_one_sequence_are_answered_as_if_asked_alone() -> None:
-    task = Converse(WORLD, RECIPE, 1, patch=24)
+    task = Converse(WORLD, RECIPE, 1, patch=16)
     torch.manual_seed(0)
-    model: Any = llava(len(Vocabulary()), 48, 24, (32, 1), 32, 2, 256).double().eval()
+    model: Any = llava(len(Vocabulary()), 48, 16, (32, 1), 32, 2, 256).double().eval()
     image, several = interview(WORLD, 0)
-    images, ids, targets, turns = task.sequences([(image, several)])
+    images, ids, targets, turns, _ = task.sequences([(image, several)])
     mask, positions = taking_turns(turns)
     places = torch.arange(ids.shape[1])
     for i, j in itertools.product(range(0, ids.shape[1], 3), repeat=2):
@@ -217,39 +155,52 @@ def test_questions_in_one_sequence_are_answered_as_if_asked_alone() -> None:
     seen = pixels(images).double()
     together = model(input_ids=ids, pixel_values=seen, attention_mask=mask, position_ids=positions).logits[0]
     for turn, one in enumerate(several, 1):
-        _, alone, expected, _ = task.sequences([(image, [one])])
+        _, alone, expected, _, _ = task.sequences([(image, [one])])
         apart = model(input_ids=alone, pixel_values=seen).logits[0]
         here, there = places[(turns[0] == turn) & (targets[0] != IGNORE)], places[expected[0] != IGNORE]
         torch.testing.assert_close(together[here], apart[there])
 
 
-def test_grounding_is_the_cross_entropy_of_the_words_for_what_is_there() -> None:
+def test_the_end_of_a_question_says_what_it_is_about() -> None:
+    task, words = Converse(WORLD, RECIPE, 1, patch=16), Vocabulary()
+    asked = [interview(WORLD, i) for i in range(4)]
+    _, ids, _, _, about = task.sequences(asked)
+    for (_, several), row, marks in zip(asked, ids, about):
+        short = [one for one in several if one.kind != "description"]
+        assert all(words.words[i] == "?" for i in row[marks > 0].tolist())
+        assert [
+            tuple(i for i in range(8) if mark >> (i + 1) & 1) if mark != 1 else () for mark in marks[marks > 0].tolist()
+        ] == [tuple(sorted(one.about)) for one in short]
+
+
+def test_pointing_is_the_share_of_attention_to_what_is_asked_about() -> None:
     torch.manual_seed(0)
-    model = nn.Module()
-    table = nn.Embedding(len(Vocabulary()), 8)
-    model.get_input_embeddings = lambda: table  # type: ignore[assignment]
-    seen, kinds = torch.randn(2, 3, 8), torch.tensor([[5, -1, 63], [-1, -1, 0]])
-    total = 0.0
-    for x, kind in zip(seen.flatten(0, 1), kinds.flatten().tolist()):
-        if kind >= 0:
-            for word, words in zip(KINDS[kind].split(), (tuple(COLOURS), SHAPES)):
-                scores = table.weight[Vocabulary().encode(" ".join(words))[1:-1]] @ (x / x.square().mean().sqrt())
-                total -= scores.log_softmax(0)[words.index(word)].item() / 3
-    assert grounding(seen, kinds, model).item() == pytest.approx(total, rel=1e-4)
-    assert grounding(seen, torch.full_like(kinds, -1), model) == 0
+    states = torch.randn(2, 8, 6)
+    things = torch.tensor([[0, -1, 2, 0], [-1, -1, 1, -1]])
+    about = torch.zeros(2, 8, dtype=torch.long)
+    # Thing 0; nothing; things 1 and 2, of which 1 is in sight; thing 3, which covers no place.
+    about[0, 5], about[0, 7], about[1, 6], about[1, 7] = 0b10, 0b1, 0b1100, 0b10000
+    x = states / states.square().mean(-1, keepdim=True).sqrt()
+    lost = []
+    for row, end, places in ((0, 5, [1, 4]), (0, 7, [0]), (1, 6, [3])):
+        share = (x[row, :5] @ x[row, end] / 6**0.5).softmax(0)
+        lost.append(-share[places].sum().log())
+    torch.testing.assert_close(pointing(states, about, things), torch.stack(lost).mean())
+    assert pointing(states, torch.zeros_like(about), things) == 0
 
 
 def test_training_asks_more_than_measuring() -> None:
-    task = Converse(WORLD, RECIPE, 1, patch=24)
-    _, ids, _, turns, kinds = task.batch(0, 0)
-    assert kinds.shape == (len(ids), task.places)
+    task = Converse(WORLD, RECIPE, 1, patch=16)
+    _, ids, _, turns, _, there, things = task.batch(0, 0)
+    assert there.shape == (len(ids), 4, task.places)
+    assert things.shape == (len(ids), task.places)
     for i, row in enumerate(turns):
         fewer = {one.text for one in interview(WORLD, i)[1]}
         assert len(fewer) < int(row.max()) <= 2 * len(fewer)
 
 
 def test_prompts_end_where_the_answer_begins() -> None:
-    task = Converse(WORLD, RECIPE, 1, patch=24)
+    task = Converse(WORLD, RECIPE, 1, patch=16)
     asked = [(image, [one]) for image, several in (interview(WORLD, i) for i in range(2)) for one in several]
     prompt, words = task.prompts(asked), Vocabulary()
     for (_, (one,)), ids, mask in zip(asked, prompt["input_ids"], prompt["attention_mask"]):

@@ -51,9 +51,9 @@ def vit(
         reg_tokens=registers,
         no_embed_class=True,
     )
+    nn.init.normal_(model.patch_embed.proj.weight, std=(channels * patch * patch) ** -0.5)
     _see(
         image // patch,
-        model.patch_embed.proj.weight,
         model.pos_embed[0],
         [(*block.attn.qkv.weight.chunk(3), block.attn.proj.weight) for block in model.blocks],
         num_heads,
@@ -64,25 +64,13 @@ def vit(
 def early_vit(
     image: int, patch: int, channels: int, classes: int, dim: int, num_heads: int, depth: int, registers: int
 ) -> nn.Module:
-    """:func:`vit` whose patches, a power of two wide, are read by timm's convolutional stem, with which it learns soon.
-
-    After Tete Xiao et al., Early Convolutions Help Transformers See Better, 2021, arXiv:2106.14881.
-    """
+    """:func:`vit` whose patches, a power of two wide, are read by a :class:`~regard.hosts.stem.Stem`."""
     from timm.layers import HybridEmbed
-    from timm.models.vision_transformer_hybrid import ConvStem
 
-    halvings = patch.bit_length() - 1
-    if patch != 1 << halvings or halvings < 1:
-        raise ValueError(f"patch={patch} must be a power of two, and 2 at least")
+    from regard.hosts.stem import Stem
+
     model: Any = vit(image, patch, channels, classes, dim, num_heads, depth, registers)
-    stem = ConvStem(
-        channels,
-        depth=halvings + 1,
-        channels=(*(dim >> i for i in reversed(range(halvings))), dim),
-        kernel_size=(3,) * halvings + (1,),
-        stride=(2,) * halvings + (1,),
-        padding=(1,) * halvings + (0,),  # type: ignore[arg-type]
-    )
+    stem = Stem(channels, patch, dim)
     model.patch_embed = HybridEmbed(stem, img_size=image, patch_size=1, proj=False, embed_dim=dim)
     return model
 
@@ -153,7 +141,7 @@ def _vision(size: int, patch: int, dim: int, depth: int) -> dict[str, Any]:
     }
 
 
-def _see(side: int, patches: Tensor, positions: Tensor, layers: Sequence[tuple[Tensor, ...]], num_heads: int) -> None:
+def _see(side: int, positions: Tensor, layers: Sequence[tuple[Tensor, ...]], num_heads: int) -> None:
     """Initial values with which a small vision tower learns soon: each patch is set off from what is near and alike.
 
     Positions on the grid are as large as the patches, q and k of a head are one random projection, and what is read is
@@ -161,7 +149,6 @@ def _see(side: int, patches: Tensor, positions: Tensor, layers: Sequence[tuple[T
 
     Args:
         side: patches along a side of the picture.
-        patches: the kernel that makes tokens of patches.
         positions: (side * side, dim).
         layers: for each the weights of q, k, v and of the output.
     """
@@ -169,7 +156,6 @@ def _see(side: int, patches: Tensor, positions: Tensor, layers: Sequence[tuple[T
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     with torch.no_grad():
         positions.copy_(axial_sincos(torch.stack([rows, columns], -1).flatten(0, 1), dim, base=20.0))
-        nn.init.normal_(patches, std=patches[0].numel() ** -0.5)
         for q, k, v, out in layers:
             for head in q.split(dim // num_heads):
                 nn.init.orthogonal_(head, gain=1.5)
@@ -179,14 +165,17 @@ def _see(side: int, patches: Tensor, positions: Tensor, layers: Sequence[tuple[T
 
 
 def _see_clip(tower: Any) -> None:
+    from regard.hosts.stem import Stem
+
+    config = tower.config
+    tower.embeddings.patch_embedding = Stem(3, config.patch_size, config.hidden_size)
     embeddings, attention = tower.embeddings, [layer.self_attn for layer in tower.encoder.layers]
     projections = ("q_proj", "k_proj", "v_proj", "out_proj")
     _see(
-        tower.config.image_size // tower.config.patch_size,
-        embeddings.patch_embedding.weight,
+        config.image_size // config.patch_size,
         embeddings.position_embedding.weight[1:],
         [tuple(getattr(one, name).weight for name in projections) for one in attention],
-        tower.config.num_attention_heads,
+        config.num_attention_heads,
     )
 
 
@@ -203,13 +192,14 @@ def clip(
     """transformers' CLIP with equally wide towers, of words and of patches, that meet in ``joint`` numbers.
 
     Args:
-        words: as in :func:`words_tokenizer`.
+        words: as in :func:`words_tokenizer`, but that sentences end with the number after the last word: transformers takes an
+            end of 2 for whatever number is the highest in a sentence.
         depth: layers of the text tower and of the vision tower.
     """
     from transformers import CLIPConfig, CLIPModel
 
     text = {
-        "vocab_size": len(words),
+        "vocab_size": len(words) + 1,
         "hidden_size": dim,
         "intermediate_size": 2 * dim,
         "num_hidden_layers": depth[0],
@@ -217,7 +207,7 @@ def clip(
         "max_position_embeddings": window,
         "pad_token_id": 0,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": len(words),
     }
     config = CLIPConfig(text_config=text, vision_config=_vision(size, patch, dim, depth[1]), projection_dim=joint)
     model = CLIPModel(config)
@@ -254,8 +244,11 @@ def llava(words: int, size: int, patch: int, tower: tuple[int, int], dim: int, d
         image_seq_length=(size // patch) ** 2,
     )
     config.image_token_id = words
-    model = LlavaForConditionalGeneration(config)
-    _see_clip(model.model.vision_tower)
+    model: Any = LlavaForConditionalGeneration(config)
+    seeing = model.model.vision_tower
+    _see_clip(seeing)
+    # Llava takes what is before the tower's last norm, which then has nothing to learn from.
+    seeing.post_layernorm.requires_grad_(False)
     return model
 
 

@@ -14,12 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regard.train.loop import Batch, Recipe
-from regard.train.match import patch_kinds, pixels
+from regard.train.match import pixels
+from regard.train.naming import naming, patch_things, what_is_where
 from regard.worlds.shapes.facts import Found, Phrase, truth
 from regard.worlds.shapes.language import Vocabulary, listing
 from regard.worlds.shapes.questions import Question, absent, existence, questions
 from regard.worlds.shapes.sample import ShapesSample
-from regard.worlds.shapes.scene import COLOURS, SHAPES
+from regard.worlds.shapes.scene import SHAPES
 from regard.worlds.shapes.world import Shapes
 
 IGNORE, ROUNDS = -100, 2
@@ -83,16 +84,31 @@ def taking_turns(turns: Numbers) -> tuple[Bool[Tensor, "b 1 n n"], Numbers]:
     return mask[:, None], torch.where(first, places, places - starts + first.sum(1, keepdim=True))
 
 
-def grounding(seen: Float[Tensor, "b n d"], kinds: Int[Tensor, "b n"], model: Any) -> Float[Tensor, ""]:
-    """Cross-entropy of the words for colour and shape of what covers each place, by what the decoder is given there."""
-    covered, words, table = kinds >= 0, Vocabulary(), model.get_input_embeddings().weight
-    given = F.rms_norm(seen[covered].float(), seen.shape[-1:])
-    which = kinds[covered]
-    loss = given.sum() * 0.0
-    for names, said in ((tuple(COLOURS), which // len(SHAPES)), (SHAPES, which % len(SHAPES))):
-        rows = words.encode(" ".join(names))[1:-1]
-        loss = loss + F.cross_entropy(given @ table[rows].T, said, reduction="sum") / max(1, len(which))
-    return loss
+def pointing(
+    states: Float[Tensor, "b n d"], about: Int[Tensor, "b n"], things: Int[Tensor, "b m"]
+) -> Float[Tensor, ""]:
+    r"""How little what is asked about stands out where a question ends, as a mean over questions.
+
+    .. math:: -\log \frac{\sum_{p \in T} e^{x_q \cdot x_p / \sqrt{d}}}{\sum_p e^{x_q \cdot x_p / \sqrt{d}}}
+
+    with x the ``states`` divided by their root mean squares, q the end of the question, p the start token, which stands for
+    nothing, and the m places of the picture after it, and T those of the things asked about. Questions after things that
+    cover no place are left out.
+
+    Args:
+        states: of a decoder.
+        about: at the end of a question, bit i + 1 for thing i and bit 0 for nothing; 0 elsewhere.
+        things: which thing is at each place, or -1.
+    """
+    rows, ends = about.nonzero(as_tuple=True)
+    x = F.rms_norm(states.float(), states.shape[-1:])
+    scores = (x[rows, : 1 + things.shape[1]] @ x[rows, ends, :, None])[..., 0] / x.shape[-1] ** 0.5
+    bit = F.pad(things + 1, (1, 0))[rows]
+    there = (about[rows, ends, None] >> bit) & 1 > 0
+    there[:, 1:] &= things[rows] >= 0
+    asked = there.any(1)
+    lost = scores.logsumexp(1) - scores.masked_fill(~there, float("-inf")).logsumexp(1)
+    return lost[asked].sum() / asked.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -101,16 +117,11 @@ class Converse:
 
     A sequence is the start token, the picture's places, and for each question its words, the answer's and the end token. A
     question sees the picture and itself, from the position after the picture on, as if it were the only one: what was asked
-    before would often give its answer away. The loss is the cross-entropy of answers and end tokens, and that of colour and
-    shape of what covers each place p,
-
-    .. math:: -\frac{1}{|P|} \sum_{p \in P} \log \frac{e^{x_p \cdot w_{c(p)}}}{\sum_{c} e^{x_p \cdot w_c}}
-        + \log \frac{e^{x_p \cdot w_{s(p)}}}{\sum_{s} e^{x_p \cdot w_s}}
-
-    with x what the decoder is given there, divided by its root mean square, and w the words as it reads them: a place can then
-    be found by the word that is asked for. Measured on questions about ``tests`` pictures without the world's
-    bias, each asked alone, an answer right if it is so to the last word; and by asking after things that the bias leads to
-    expect where they are missing: precision, recall and share of yes, half of the true answers being yes.
+    before would often give its answer away. The loss is the cross-entropy of answers and end tokens, the
+    :func:`~regard.train.naming.naming` of what the decoder is given at each place, so that a place can be found by the words
+    that are asked for, and the :func:`pointing` halfway through the decoder. Measured on questions about ``tests`` pictures
+    without the world's bias, each asked alone, an answer right if it is so to the last word; and by asking after things that
+    the bias leads to expect where they are missing: precision, recall and share of yes, half of the true answers being yes.
     """
 
     world: Shapes
@@ -137,17 +148,19 @@ class Converse:
             rng = np.random.default_rng([self.world.seed, i])
             several = asked_about(sample, rng, ROUNDS)
             asked.append((sample.image, [several[k] for k in rng.permutation(len(several))]))
-        kinds = torch.stack([patch_kinds(sample, self.patch) for sample in samples])
-        return *self.sequences(asked), kinds
+        there = torch.stack([what_is_where(sample, self.patch) for sample in samples])
+        things = torch.stack([patch_things(sample, self.patch) for sample in samples])
+        return *self.sequences(asked), there, things
 
-    def sequences(self, asked: Sequence[Asked]) -> tuple[Tensor, Numbers, Numbers, Numbers]:
-        """Pictures, token numbers, the numbers to be predicted at each place, and whose turn it is there: 0 the picture's.
+    def sequences(self, asked: Sequence[Asked]) -> tuple[Tensor, Numbers, Numbers, Numbers, Numbers]:
+        """Pictures, token numbers, the numbers to be predicted at each place, whose turn it is there, 0 the picture's, and
+        what a question is about at its end, as :func:`pointing` takes it.
 
         Questions that do not fit are left out.
         """
         words = Vocabulary()
         ids = torch.full((len(asked), 1 + self.places + self.length), words.PADDING)
-        targets, turns = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+        targets, turns, about = torch.full_like(ids, IGNORE), torch.zeros_like(ids), torch.zeros_like(ids)
         ids[:, 0], ids[:, 1 : 1 + self.places] = words.START, len(words)
         for row, (_, several) in enumerate(asked):
             at = 1 + self.places
@@ -158,12 +171,14 @@ class Converse:
                     continue
                 ids[row, at:middle], ids[row, middle:end] = question, answer
                 targets[row, middle - 1 : end - 1], turns[row, at:end] = answer, turn
+                if one.kind != "description":
+                    about[row, middle - 1] = sum(2 << i for i in one.about) or 1
                 at = end
             turns[row, at:] = len(several) + 1
-        return torch.stack([image for image, _ in asked]), ids, targets, turns
+        return torch.stack([image for image, _ in asked]), ids, targets, turns, about
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        images, ids, targets, turns, kinds = batch
+        images, ids, targets, turns, about, there, things = batch
         mask, positions = taking_turns(turns)
         out: Any = model(
             input_ids=ids,
@@ -175,7 +190,10 @@ class Converse:
         )
         asked = targets != IGNORE
         answers = F.cross_entropy(out.logits[asked].float(), targets[asked])
-        return answers + grounding(out.hidden_states[0][:, 1 : 1 + self.places], kinds, model)
+        llava: Any = getattr(model, "module", model)
+        words, states = llava.get_input_embeddings().weight, out.hidden_states
+        named = naming(states[0][:, 1 : 1 + self.places], there, words).mean()
+        return answers + named + pointing(states[len(states) // 2], about, things)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         plain = replace(self.world, split="test", bias=(), count=self.tests)

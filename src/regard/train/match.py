@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regard.train.loop import Batch, Recipe
+from regard.train.naming import patch_things
 from regard.train.paint import describe
 from regard.worlds.shapes.language import Vocabulary
 from regard.worlds.shapes.sample import ShapesSample
@@ -27,12 +28,17 @@ def pixels(images: Tensor) -> Tensor:
     return 2 * images - 1
 
 
+def encode(text: str, window: int) -> Int[Tensor, " n"]:
+    """The words' numbers as the text tower reads them, which ends a sentence with the number after all words."""
+    ids = Vocabulary().encode(text, window)
+    return torch.where(ids == Vocabulary.END, len(Vocabulary()), ids)
+
+
 def patch_kinds(sample: ShapesSample, patch: int) -> Int[Tensor, " n"]:
     """For each patch the place in ``KINDS`` of the thing that covers half of it or more, or -1."""
-    seen = F.avg_pool2d(sample.visible.float(), patch).flatten(1)
     kinds = torch.tensor([KINDS.index(thing.kind) for thing in sample.scene.things])
-    most, which = seen.max(0)
-    return torch.where(most >= 0.5, kinds[which], -1)
+    which = patch_things(sample, patch)
+    return torch.where(which >= 0, kinds[which], -1)
 
 
 def tagging(scores: Float[Tensor, "b k"], kinds: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
@@ -67,7 +73,7 @@ class Match:
     patch: int
     over: int = 1
     window: int = 24
-    tests: int = 8
+    tests: int = 32
     among: int = 32
 
     def __len__(self) -> int:
@@ -83,7 +89,7 @@ class Match:
         said = [str(describe(sample, world, first + i)) for i, sample in enumerate(samples)]
         return (
             torch.stack([sample.image for sample in samples]),
-            torch.stack([Vocabulary().encode(text, self.window) for text in said]),
+            torch.stack([encode(text, self.window) for text in said]),
             torch.stack([patch_kinds(sample, self.patch) for sample in samples]),
         )
 
@@ -127,4 +133,4 @@ class Match:
 @cache
 def names(window: int) -> Int[Tensor, "k n"]:
     """``KINDS``, then shapes without a colour, as the text tower reads them."""
-    return torch.stack([Vocabulary().encode(f"a {name}", window) for name in (*KINDS, *SHAPES)])
+    return torch.stack([encode(f"a {name}", window) for name in (*KINDS, *SHAPES)])
