@@ -22,7 +22,7 @@ class ShapesClip(Trainable):
     Data: the world of shapes at 128 x 128 pixels, one to three things of 8 shapes and 8 colours on a plain background, endless;
     captions name the things, plain relations and, every second time, the background. Besides pictures with captions, patches are
     matched with the names of the things on them, ``over`` layers below the last. Measured by retrieval among 32 test scenes.
-    Limits: it knows no other words.
+    Limits: it knows no other words, and reads sentences as ``regard.train.match.encode`` numbers them.
 
     Raises:
         ValueError: on starting, ``over`` outside the vision tower.
