@@ -1,4 +1,4 @@
-"""Pictures with sentences, and patches and words with the names of things."""
+"""Pictures with sentences, and patches with the names of things."""
 
 from __future__ import annotations
 

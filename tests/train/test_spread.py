@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from regard.train.classify import Classify
-from regard.train.loop import Recipe, fit
-from regard.train.pretrained import card
+from regard.train.loop import Curve, Recipe, fit
+from regard.train.pretrained import card, train
 from regard.worlds.images import Images
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=1e-2)
@@ -123,3 +124,27 @@ def test_a_recipe_trains_in_two_processes_of_which_one_speaks(tmp_path: Path) ->
     launched = "torchrun --nnodes 1 --nproc-per-node 2 -m regard train recall-lm --nodes 1 --devices 2 --set dim=8"
     assert card("recall-lm", tmp_path)["command"].startswith(launched)
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_group_of_processes_is_closed_by_who_opened_it(
+    ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather() -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+
+    def spread(*args: Any, **options: Any) -> Curve:
+        if ours:
+            gather()
+        return fit(*args, **options)
+
+    monkeypatch.setattr("regard.train.pretrained.fit", spread)
+    if not ours:
+        gather()
+    tiny = {"dim": 8, "num_heads": 2, "depth": 1, "pairs": 2, "steps": 1, "epochs": 1, "batch_size": 2}
+    try:
+        train("recall-lm", tiny, out=tmp_path / "out")
+        assert torch.distributed.is_initialized() is not ours
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

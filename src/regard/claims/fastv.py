@@ -10,8 +10,9 @@ worse than a quarter kept after two; (d) places of small things (below 0.2 of th
 beyond what existence loses, at a quarter.
 
 Reported besides: how much more of the attention to the image the thing that is asked about gets than its share of the image,
-in the second layer, by which FastV chooses, and as baseline in the layer where it gets most. In this small model things are
-found later than FastV looks, halfway through the decoder: what it keeps serves about as well as tokens kept at random.
+in the second layer, by which FastV chooses, and as baseline in the layer where it gets most. In this small model that is the
+seventh of eight layers, and in the second the thing gets about its share: what FastV keeps serves little better than tokens
+kept at random with a quarter, and no better with half.
 """
 
 from __future__ import annotations

@@ -165,6 +165,7 @@ def _see(side: int, positions: Tensor, layers: Sequence[tuple[Tensor, ...]], num
 
 
 def _see_clip(tower: Any) -> None:
+    """:func:`_see` for a CLIP vision tower, whose patches a :class:`~regard.hosts.stem.Stem` reads from now on."""
     from regard.hosts.stem import Stem
 
     config = tower.config
@@ -190,6 +191,8 @@ def clip(
     words: Sequence[str], window: int, size: int, patch: int, dim: int, depth: tuple[int, int], joint: int
 ) -> nn.Module:
     """transformers' CLIP with equally wide towers, of words and of patches, that meet in ``joint`` numbers.
+
+    Patches, a power of two wide, are read by a :class:`~regard.hosts.stem.Stem`, for which timm is needed too.
 
     Args:
         words: as in :func:`words_tokenizer`, but that sentences end with the number after the last word: transformers takes an
@@ -217,7 +220,7 @@ def clip(
 
 
 def llava(words: int, size: int, patch: int, tower: tuple[int, int], dim: int, depth: int, context: int) -> nn.Module:
-    """transformers' Llava: a CLIP vision tower (width, depth), and a Llama of four heads over two key heads.
+    """transformers' Llava: a CLIP vision tower (width, depth) as in :func:`clip`, and a Llama of four heads over two key heads.
 
     Args:
         words: in the vocabulary; the number after the last stands for a place of the image.
