@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from regard.train.match import patch_kinds
 from regard.train.naming import SAID, naming, what_is_where
 from regard.worlds.shapes.language import Vocabulary
 from regard.worlds.shapes.world import Shapes
@@ -27,6 +30,12 @@ def test_what_is_where_is_what_the_scene_says() -> None:
             words = [names[k] for names, k in zip(SAID, said[:, place].tolist())]
             x, y = (min(2, max(0, int(p / 16))) for p in thing.centre)
             assert words == [thing.colour, thing.shape, ("top", "centre", "bottom")[y], ("left", "centre", "right")[x]]
+
+
+def test_nothing_is_anywhere_in_an_empty_picture() -> None:
+    empty = replace(WORLD, things=(0, 0))[0]
+    assert what_is_where(empty, 4).tolist() == [[-1] * 144] * 4
+    assert patch_kinds(empty, 4).tolist() == [-1] * 144
 
 
 @pytest.mark.parametrize("kinds", [2, 4])

@@ -36,9 +36,8 @@ def encode(text: str, window: int) -> Int[Tensor, " n"]:
 
 def patch_kinds(sample: ShapesSample, patch: int) -> Int[Tensor, " n"]:
     """For each patch the place in ``KINDS`` of the thing that covers half of it or more, or -1."""
-    kinds = torch.tensor([KINDS.index(thing.kind) for thing in sample.scene.things])
-    which = patch_things(sample, patch)
-    return torch.where(which >= 0, kinds[which], -1)
+    kinds = torch.tensor([-1, *(KINDS.index(thing.kind) for thing in sample.scene.things)])
+    return kinds[patch_things(sample, patch) + 1]
 
 
 def tagging(scores: Float[Tensor, "b k"], kinds: Int[Tensor, "b n"]) -> Float[Tensor, ""]:

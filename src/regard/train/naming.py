@@ -18,19 +18,19 @@ SAID = (tuple(COLOURS), SHAPES, ("top", "centre", "bottom"), ("left", "centre", 
 
 def patch_things(sample: ShapesSample, patch: int) -> Int[Tensor, " n"]:
     """For each patch the number of the thing that covers half of it or more, or -1."""
-    most, which = F.avg_pool2d(sample.visible.float(), patch).flatten(1).max(0)
-    return torch.where(most >= 0.5, which, -1)
+    nothing_first = F.pad(sample.visible.float(), (0, 0, 0, 0, 1, 0))
+    most, which = F.avg_pool2d(nothing_first, patch).flatten(1).max(0)
+    return torch.where(most >= 0.5, which - 1, -1)
 
 
 def what_is_where(sample: ShapesSample, patch: int) -> Int[Tensor, "4 n"]:
     """For each patch the colour, the shape, the row and the column of the thing there, as places in ``SAID``; -1 for none."""
-    said = []
+    said = [[-1] * len(SAID)]
     for thing, found in zip(sample.scene.things, truth(sample)):
         place = cell(found).split()
         rows, columns = (next((i for i, name in enumerate(names) if name in place), 1) for names in SAID[2:])
         said.append([SAID[0].index(thing.colour), SAID[1].index(thing.shape), rows, columns])
-    which = patch_things(sample, patch)
-    return torch.where(which >= 0, torch.tensor(said).T[:, which.clamp_min(0)], -1)
+    return torch.tensor(said).T[:, patch_things(sample, patch) + 1]
 
 
 def naming(
