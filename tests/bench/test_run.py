@@ -68,6 +68,7 @@ def test_a_sequence_layer_is_causal_and_has_a_cached_step() -> None:
 def test_a_layer_and_its_peer_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr("shutil.which", lambda command: command)
     shape = {**QUICK, "shapes": [(2, (1, 9), 32, 4)]}
     path = bench_run.bench("coca", "causal", **shape).save(tmp_path)
     assert not compiled
@@ -80,6 +81,9 @@ def test_a_layer_and_its_peer_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_
     assert modes == ["forward", "forward+backward", "cached step", *(r.mode for r in found)]
     with pytest.raises(ValueError, match="compiled=True"):
         bench_run.bench("capture", compiled=True)
+    monkeypatch.setattr("shutil.which", lambda command: None)
+    with pytest.raises(ValueError, match=r"compiled=True: .* needs a C\+\+ compiler, and there is no"):
+        bench_run.bench("coca", "causal", **shape, compiled=True)
 
 
 @pytest.mark.parametrize("record", registry.methods("layer"), ids=lambda m: m.name)

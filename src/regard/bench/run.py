@@ -9,6 +9,7 @@ import inspect
 import io
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -131,8 +132,8 @@ def bench(
         compiled: the layer and its peers under ``torch.compile``, which fuses passes over memory; without a cached step.
 
     Raises:
-        ValueError: no such layer or peer; ``shapes``, ``against`` or ``compiled`` of "capture"; a layer with a failing check,
-            for which no number is given.
+        ValueError: no such layer or peer; ``shapes``, ``against`` or ``compiled`` of "capture"; ``compiled`` without a C++
+            compiler; a layer with a failing check, for which no number is given.
     """
     if subject == "capture":
         if shapes is not None or against is not None or compiled:
@@ -151,6 +152,8 @@ def bench(
         raise ValueError(
             f"against={against!r} is no peer of {subject}; there are {', '.join(p.name for p in peers_of(record))}"
         )
+    if compiled:
+        _needs_compiler()
     shapes = (SEQUENCES if record.tags.causal else IMAGES) if shapes is None else shapes
     report = check(record)
     if not report.ok:
@@ -163,6 +166,14 @@ def bench(
         for shape in shapes:
             found.extend(_pair(record, peer, shape, rounds, budget, device, compiled))
     return found
+
+
+def _needs_compiler() -> None:
+    from torch._inductor import config
+
+    command = next(filter(None, config.cpp.cxx))
+    if shutil.which(command) is None:
+        raise ValueError(f"compiled=True: torch.compile needs a C++ compiler, and there is no {command}")
 
 
 def _pair(
