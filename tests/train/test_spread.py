@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from regard.train.classify import Classify
-from regard.train.loop import Curve, Recipe, fit
+from regard.train.loop import Curve, Recipe, fit, measured
 from regard.train.pretrained import card, train
 from regard.worlds.images import Images
 
@@ -35,6 +35,27 @@ def network() -> nn.Module:
 
 def task(recipe: Recipe = RECIPE) -> Classify:
     return Classify(world(42), world(30), recipe, seed=3)
+
+
+def test_figures_are_measured_by_the_threads_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Counted(Classify):
+        def measure(self, model: nn.Module) -> dict[str, float]:
+            threads.append(torch.get_num_threads())
+            return super().measure(model)
+
+    counted, model, before = Counted(world(42), world(30), RECIPE, 3), network(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for devices, cores in ((1, 64), (4, 64), (4, 6), (4, 1)):
+            monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+            measured(counted, model.train(), devices)
+        assert threads == [2, 8, 6, 2]
+        assert torch.get_num_threads() == 2
+        assert model.training
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_averaged_weights_are_measured_and_kept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regard.hosts.small import llava
+from regard.hosts.small import llava, painter
 from regard.train.classify import Classify, ClassifyPatches
 from regard.train.converse import IGNORE, Converse, interview, pointing, suspicions, taking_turns
 from regard.train.loop import Recipe
 from regard.train.match import Match, pixels
+from regard.train.naming import naming, what_is_where
 from regard.train.paint import Paint, captioned
 from regard.train.recipes.shapes_vlm import BIAS
 from regard.worlds.shapes.judge import judge, satisfies
@@ -36,13 +38,25 @@ def test_captions_are_true() -> None:
 
 def test_painting_leaves_some_captions_out() -> None:
     task = Paint(WORLD, RECIPE, steps=100, unsaid=0.3)
-    images, _ = task.batch(1, 4)
+    images, _, times, there, counts = task.batch(1, 4)
     assert images.shape == (3, 3, 48, 48)
     assert torch.equal(images[1], WORLD[(100 + 4) * 3 + 1].image)
     words = Vocabulary()
+    assert sorted((3 * times).int().tolist()) == [0, 1, 2]
+    assert torch.equal(there[1], what_is_where(WORLD[(100 + 4) * 3 + 1], 2)[:2])
+    assert counts.tolist() == [0.0] * 3
     said = [words.decode(row) for step in range(30) for row in task.batch(0, step)[1]]
     assert 0.15 < said.count("") / len(said) < 0.45
     assert all(read_caption(text) for text in said if text)
+
+
+def test_pictures_fill_up_within_the_first_third() -> None:
+    task = Paint(WORLD, replace(RECIPE, epochs=3), steps=40, crowded=1.0)
+    full = replace(WORLD, things=(3, 3))
+    first, early, late = (task.batch(*at)[0] for at in ((0, 0), (0, 20), (1, 0)))
+    assert torch.equal(first, torch.stack([WORLD[i].image for i in range(3)]))
+    assert all(any(torch.equal(image, w[60 + i].image) for w in (WORLD, full)) for i, image in enumerate(early))
+    assert torch.equal(late, torch.stack([full[120 + i].image for i in range(3)]))
 
 
 def test_batches_of_an_epoch_differ_and_come_again() -> None:
@@ -79,32 +93,40 @@ def test_patches_on_the_thing_learn_its_name_too() -> None:
     assert not model.norm._forward_hooks
 
 
-def test_noisier_times_are_drawn_more_often() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    times: list[torch.Tensor] = []
-
-    class Watcher(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
-
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
-            return images
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            times.append(t)
-            return x
-
-    watcher, images = Watcher(), torch.zeros(4000, 1, 1, 1)
+def test_noisier_times_are_drawn_more_often_and_evenly() -> None:
     for noisy in (1.0, 2.0):
-        torch.manual_seed(0)
-        Paint(WORLD, RECIPE, 1, noisy=noisy).loss(watcher, (images, images))
-    even, late = (t / 1000 for t in times)
-    assert abs(even.mean() - 1 / 2) < 0.02
-    assert abs(late.mean() - 2 / 3) < 0.02
-    assert max(t.max() for t in times) < 1000
-    with pytest.raises(ValueError, match=r"noisy=0\.0 must be positive"):
-        Paint(WORLD, RECIPE, 1, noisy=0.0)
+        times = Paint(WORLD, replace(RECIPE, batch_size=50), 1, noisy=noisy).batch(0, 0)[2].sort().values
+        shares = torch.arange(50) / 50
+        assert (shares.pow(1 / noisy) <= times).all()
+        assert (times < (shares + 1 / 50).pow(1 / noisy)).all()
+    for wrong in (
+        "noisy=0.0 must be positive",
+        "named=-1.0 must not be negative",
+        "crowded=1.5 must lie between 0 and 1",
+    ):
+        name, value = wrong.split()[0].split("=")
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            Paint(WORLD, RECIPE, 1, **{name: float(value)})
+
+
+def test_painting_is_denoising_and_naming_that_fades() -> None:
+    torch.manual_seed(0)
+    model = painter(Vocabulary().words, 32, (8, 16), 8, 24)
+    world = replace(WORLD, size=32)
+    task = Paint(world, replace(RECIPE, epochs=2), steps=3, named=0.5, noisy=2.0)
+    assert [task.batch(epoch, step)[-1][0].item() for epoch in (0, 1) for step in range(3)] == [0.5, 0.25, 0, 0, 0, 0]
+    images, ids, times, there, counts = task.batch(0, 1)
+    torch.manual_seed(1)
+    loss = task.loss(model, (images, ids, times, there, counts))
+    torch.manual_seed(1)
+    noise, t = torch.randn(3, 12, 16, 16), (1000 * times).long()
+    alpha = model.scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
+    x = model.encode(images)
+    painted, seen = model(alpha * x + (1 - alpha**2).sqrt() * noise, t, ids)
+    error = (painted - (alpha * noise - (1 - alpha**2).sqrt() * x)).square().mean()
+    named = naming(seen, there, model.words).mean()
+    assert named > 0
+    torch.testing.assert_close(loss, error + 0.25 * named)
 
 
 def test_questions_have_true_answers() -> None:

@@ -29,7 +29,7 @@ def test_painting() -> None:
 
 
 def test_inverted_pictures_are_painted_again() -> None:
-    model: Any = pretrained("shapes-diffusion-first")
+    model: Any = pretrained("shapes-diffusion")
     world = Shapes(size=32, things=(1, 1), sizes=(0.33, 0.46), tilt=0.0, split="test")
     sample = world[3]
     prompt = f"a {sample.scene.things[0].kind} on a {sample.scene.background.tone} background"

@@ -17,7 +17,8 @@ class Painter(nn.Module):
     The latents of a picture are its pixels, two by two folded into channels and scaled to [-1, 1]; nothing is lost. The UNet
     predicts :math:`v = \alpha_t \epsilon - \sigma_t x_0`; the last step of the forward process is pure noise. The parts are
     the libraries' own: ``unet``, ``text_encoder`` (causal, with start, end and padding tokens), ``tokenizer``, ``scheduler``
-    (deterministic DDIM), so that sites, captures, edits and controllers work on ``unet`` as on a large model.
+    (deterministic DDIM), so that sites, captures, edits and controllers work on ``unet`` as on a large model. ``naming``
+    is for training alone: it reads what the UNet knows at each place, to be compared with ``words``.
 
     Args:
         unet: diffusers' UNet2DConditionModel over (b, 4 x channels, h / 2, w / 2).
@@ -32,6 +33,8 @@ class Painter(nn.Module):
 
         super().__init__()
         self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        last: Any = unet.get_submodule("conv_out")
+        self.naming = nn.Conv2d(last.in_channels, self.words.shape[1], 1)
         schedule: dict[str, Any] = {
             "num_train_timesteps": 1000,
             "beta_schedule": "squaredcos_cap_v2",
@@ -77,6 +80,12 @@ class Painter(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def words(self) -> Float[Tensor, "w c"]:
+        """The vectors of all words, as the text encoder reads them."""
+        encoder: Any = self.text_encoder
+        return encoder.get_input_embeddings().weight
+
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c H W"]:
         """Latents of pictures in [0, 1]."""
         return F.pixel_unshuffle(2 * images - 1, self.FOLD)
@@ -94,9 +103,12 @@ class Painter(nn.Module):
 
     def forward(
         self, latents: Float[Tensor, "b c H W"], timesteps: Int[Tensor, " b"], ids: Int[Tensor, "b n"]
-    ) -> Float[Tensor, "b c H W"]:
-        """The prediction v for noisy latents and tokenised prompts."""
-        return self.unet(latents, timesteps, encoder_hidden_states=self.encode_text(ids)).sample
+    ) -> tuple[Float[Tensor, "b c H W"], Float[Tensor, "b places d"]]:
+        """The prediction v for noisy latents and tokenised prompts, and what the UNet knows at each place, as wide as words."""
+        last: list[Tensor] = []
+        with self.unet.get_submodule("conv_out").register_forward_pre_hook(lambda _, args: last.append(args[0])):
+            v = self.unet(latents, timesteps, encoder_hidden_states=self.encode_text(ids)).sample
+        return v, self.naming(last[0]).flatten(2).mT
 
     @torch.no_grad()
     def sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ def fit(
             raise FloatingPointError(
                 f"the training loss became {mean} in epoch {epoch + 1}; try a smaller learning rate"
             )
-        known = _measured(task, model if average is None else average.module) if fabric.is_global_zero else {}
+        used = model if average is None else average.module
+        known = measured(task, used, devices) if fabric.is_global_zero else {}
         figures = {"loss": mean, **fabric.broadcast(known)}
         for name, value in figures.items():
             curve.setdefault(name, []).append(value)
@@ -196,10 +198,13 @@ def _mean(fabric: Any, total: float, seen: int) -> float:
     return (sums[0] / sums[1]).item()
 
 
-def _measured(task: Task, model: nn.Module) -> dict[str, float]:
-    training = model.training
+def measured(task: Task, model: nn.Module, devices: int = 1) -> dict[str, float]:
+    """The figures of ``model``, by as many threads as the ``devices`` processes have that wait for them."""
+    training, threads = model.training, torch.get_num_threads()
     model.eval()
+    torch.set_num_threads(max(threads, min(threads * devices, os.cpu_count() or 1)))
     with torch.no_grad():
         figures = task.measure(model)
+    torch.set_num_threads(threads)
     model.train(training)
     return figures

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import ROOT
 from regard.train.files import write_whole
-from regard.train.loop import fit
+from regard.train.loop import fit, measured
 from regard.train.machine import machine
 from regard.train.recipes import load as load_recipe
 from regard.train.recipes import settings_of
@@ -144,8 +144,7 @@ def train(
         return path
     data = save({key: _kept(value) for key, value in _own(model).items()})
     model.load_state_dict(load(data), strict=False)
-    with torch.no_grad():
-        figures = {"loss": curve["loss"][-1], **task.measure(model.eval())}
+    figures = {"loss": curve["loss"][-1], **measured(task, model, devices)}
     chosen = [f"--set {key}={value}" for key, value in (settings or {}).items()]
     named = [] if name == recipe else [f"--name {name}"]
     launch, spread = "", []

@@ -32,14 +32,16 @@ class ShapesDiffusion(Trainable):
     text_dim: int = 96
     size: int = 32
     window: int = 24
-    steps: int = 3000
+    steps: int = 7800
     tests: int = 100
     most: int = 2
-    noisy: float = 1.0
+    noisy: float = 2.0
+    named: float = 0.2
+    crowded: float = 0.5
     begin: str = ""
     seed: int = 0
     recipe: Recipe = Recipe(  # noqa: RUF009 (frozen)
-        epochs=5, batch_size=16, lr=5e-4, weight_decay=0.01, warmup=0.03, ema=0.999, precision="bf16-mixed"
+        epochs=2, batch_size=16, lr=7e-4, weight_decay=0.01, warmup=0.05, ema=0.999, precision="bf16-mixed"
     )
 
     def network(self) -> nn.Module:
@@ -49,7 +51,16 @@ class ShapesDiffusion(Trainable):
     def task(self) -> Paint:
         count = max(self.steps * self.recipe.epochs * self.recipe.batch_size, 1)
         world = Shapes(size=self.size, things=(1, self.most), sizes=(0.33, 0.46), tilt=0.0, seed=self.seed, count=count)
-        return Paint(world, self.recipe, self.steps, self.window, self.tests, noisy=self.noisy)
+        return Paint(
+            world,
+            self.recipe,
+            self.steps,
+            self.window,
+            self.tests,
+            noisy=self.noisy,
+            named=self.named,
+            crowded=self.crowded,
+        )
 
 
 RECIPE = ShapesDiffusion
