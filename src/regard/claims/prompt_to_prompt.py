@@ -13,8 +13,8 @@ of the thing's word halves the difference outside; over the shares 0, 0.4, 0.8 a
 over, preservation rises and the strength of edits falls (sign of Spearman's rank correlation); the amount of the colour,
 chroma of its hue summed over the picture, rises with the weight of its word at every step from 0.5 to 2.
 
-The strength of an edit is taken to be its success, which leaves the bar for it out of reach of a model that paints 92 % of
-swaps rightly with no share at all.
+The strength of an edit is taken to be its success, which leaves the bar for it out of reach of a model that paints every
+swap rightly with no share at all.
 """
 
 from __future__ import annotations
