@@ -151,6 +151,7 @@ def run(budget: Budget, seeds: int) -> list[Row]:
                 f"times its share that a thing gets when asked for its {kind}, second layer",
                 by_layer[1],
                 baseline=max(by_layer),
+                values=tuple(by_layer),
             )
             for kind, by_layer in seen.items()
         ),

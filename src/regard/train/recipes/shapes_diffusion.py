@@ -21,10 +21,11 @@ class ShapesDiffusion(Trainable):
     text encoder.
 
     Data: the world of shapes at 32 x 32 pixels, one to ``most`` upright things of 8 shapes and 8 colours, a third to a half
-    as wide as the picture, on a plain background, endless; captions name the things, plain relations and, every second time,
-    the background. Measured by the world's exact judge on captions of test scenes, 25 steps, guidance 3. Limits: it knows no
-    other words, no third thing and no texture. With ``begin`` training goes on from another model of this recipe; if that is
-    with a ``most`` of 1, what it knew of two things leaks away.
+    as wide as the picture, on a plain background, endless; after the first third of training a share ``crowded`` of the
+    pictures has ``most`` things for certain, and in that third it also learns to name what will be where. Captions name the
+    things, plain relations and, every second time, the background. Measured by the world's exact judge on captions of test
+    scenes, 25 steps, guidance 3. Limits: it knows no other words, no third thing and no texture. With ``begin`` training goes
+    on from another model of this recipe; if that is with a ``most`` of 1, what it knew of two things leaks away.
     """
 
     narrow: int = 64
